@@ -1,0 +1,228 @@
+//! The store's twin in memory: for tests of the pipeline that no real server can be made to play.
+//!
+//! It keeps the obligations of [`Store`] in the plainest way: one lock, one sorted map, a scan per
+//! call. The contract suite runs on it and on Postgres alike.
+
+use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Store, StoreError};
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Outbox rows in memory. Clones share the rows.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryStore {
+    table: Arc<Mutex<Table>>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    rows: BTreeMap<i64, Stored>,
+    failures: VecDeque<StoreError>,
+}
+
+/// A row with what the relay has written to it.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// The row as the writer made it, with its attempts.
+    pub row: Row,
+    /// Not before.
+    pub available_at: Instant,
+    /// Delivered when.
+    pub delivered_at: Option<Instant>,
+    /// Set aside.
+    pub dead: bool,
+    /// Why it was refused last.
+    pub last_error: Option<String>,
+}
+
+impl Stored {
+    /// Neither delivered nor dead.
+    pub fn pending(&self) -> bool {
+        self.delivered_at.is_none() && !self.dead
+    }
+
+    fn refused(&self) -> bool {
+        self.pending() && self.row.attempts > 0
+    }
+}
+
+impl MemoryStore {
+    /// Commits a row that is due at once.
+    pub fn insert(&self, row: Row) {
+        let stored =
+            Stored { row, available_at: Instant::now(), delivered_at: None, dead: false, last_error: None };
+        self.lock().rows.insert(stored.row.id, stored);
+    }
+
+    /// Lets the next call fail with this error. Several are used up in order.
+    pub fn fail_next(&self, error: StoreError) {
+        self.lock().failures.push_back(error);
+    }
+
+    /// All rows as they are now, in id order.
+    pub fn rows(&self) -> Vec<Stored> {
+        self.lock().rows.values().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(&self) -> Result<MutexGuard<'_, Table>, StoreError> {
+        let mut table = self.lock();
+        match table.failures.pop_front() {
+            Some(error) => Err(error),
+            None => Ok(table),
+        }
+    }
+}
+
+impl Table {
+    fn held_back(&self, row: &Row) -> bool {
+        let earlier = self.rows.range(..row.id).map(|(_, stored)| stored);
+        row.ordering_key.is_some()
+            && earlier.into_iter().any(|other| other.refused() && other.row.ordering_key == row.ordering_key)
+    }
+
+    fn change(&mut self, id: i64, change: impl FnOnce(&mut Stored)) {
+        if let Some(stored) = self.rows.get_mut(&id).filter(|stored| stored.pending()) {
+            change(stored);
+        }
+    }
+}
+
+impl Store for MemoryStore {
+    async fn poll(&self, ask: Ask<'_>) -> Result<Read, StoreError> {
+        let table = self.call()?;
+        let (now, in_flight) = (Instant::now(), ask.in_flight.iter().collect::<HashSet<_>>());
+        let wanted = |stored: &&Stored| {
+            let row = &stored.row;
+            stored.pending()
+                && stored.available_at <= now
+                && !in_flight.contains(&row.id)
+                && ask.ranges.iter().any(|(first, last)| (first..=last).contains(&&row.id))
+                && !(row.attempts > 0 && ask.parked.contains(&row.route))
+                && !(ask.keep_order && table.held_back(row))
+        };
+        let mut read = Read::default();
+        let mut bytes = 0;
+        for stored in table.rows.values().filter(wanted).take(ask.rows) {
+            bytes += stored.row.bytes();
+            if bytes > ask.bytes && !(ask.room_for_any && read.rows.is_empty()) {
+                read.more = true;
+                break;
+            }
+            read.rows.push(stored.row.clone());
+        }
+        read.more |= read.rows.len() >= ask.rows;
+        Ok(read)
+    }
+
+    async fn probe(
+        &self,
+        route: &Route,
+        in_flight: &[i64],
+        keep_order: bool,
+    ) -> Result<Option<Row>, StoreError> {
+        let table = self.call()?;
+        let wanted = |stored: &&Stored| {
+            stored.refused()
+                && *stored.row.route == *route
+                && !in_flight.contains(&stored.row.id)
+                && !(keep_order && table.held_back(&stored.row))
+        };
+        Ok(table.rows.values().find(wanted).map(|stored| stored.row.clone()))
+    }
+
+    async fn release(&self, route: &Route, rows: usize) -> Result<u64, StoreError> {
+        let mut table = self.call()?;
+        let now = Instant::now();
+        let wanted = |stored: &&mut Stored| {
+            stored.refused() && stored.available_at > now && *stored.row.route == *route
+        };
+        let released =
+            table.rows.values_mut().filter(wanted).take(rows).map(|stored| stored.available_at = now);
+        Ok(released.count() as u64)
+    }
+
+    async fn horizon(
+        &self,
+        last: i64,
+        ranges: &[(i64, i64)],
+        in_flight: &[i64],
+        ids: usize,
+    ) -> Result<Horizon, StoreError> {
+        let table = self.call()?;
+        let listed = |stored: &&Stored| {
+            let id = stored.row.id;
+            stored.pending()
+                && id <= last
+                && !in_flight.contains(&id)
+                && ranges.iter().any(|(first, end)| (*first..=*end).contains(&id))
+        };
+        let pending = table.rows.values().filter(listed).take(ids).map(|stored| stored.row.id).collect();
+        // Every insert is its own finished transaction here.
+        Ok(Horizon { xmin: 1, xmax: 1, pending })
+    }
+
+    async fn settle(&self, settlement: &Settlement) -> Result<(), StoreError> {
+        let mut table = self.call()?;
+        let now = Instant::now();
+        for id in &settlement.delivered {
+            table.change(*id, |stored| stored.delivered_at = Some(now));
+        }
+        for waiting in &settlement.waiting {
+            table.change(waiting.id, |stored| {
+                stored.row.attempts = waiting.attempts;
+                stored.available_at = now + waiting.wait;
+                stored.last_error = Some(waiting.reason.clone());
+            });
+        }
+        for dead in &settlement.dead {
+            table.change(dead.id, |stored| {
+                stored.row.attempts = dead.attempts;
+                stored.dead = true;
+                stored.last_error = Some(dead.reason.clone());
+            });
+        }
+        Ok(())
+    }
+
+    async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {
+        let mut table = self.call()?;
+        let looked_at: Vec<(i64, Instant)> = table
+            .rows
+            .range(after.saturating_add(1)..)
+            .filter_map(|(id, stored)| Some((*id, stored.delivered_at?)))
+            .take(rows)
+            .collect();
+        let expired = looked_at.iter().filter(|(_, at)| at.elapsed() > retention).map(|(id, _)| *id);
+        let expired: Vec<i64> = expired.collect();
+        for id in &expired {
+            table.rows.remove(id);
+        }
+        Ok(Bite {
+            looked_at: looked_at.len() as u64,
+            purged: expired.len() as u64,
+            last_id: looked_at.last().map_or(i64::MAX, |(id, _)| *id),
+        })
+    }
+
+    async fn census(&self) -> Result<Census, StoreError> {
+        let table = self.call()?;
+        let pending = || table.rows.values().filter(|stored| stored.pending());
+        let keys: HashSet<_> = pending()
+            .filter(|stored| stored.refused())
+            .filter_map(|stored| stored.row.ordering_key.clone())
+            .collect();
+        Ok(Census {
+            pending: pending().count() as u64,
+            oldest_seconds: pending()
+                .map(|stored| stored.available_at.elapsed().as_secs_f64())
+                .fold(0.0, f64::max),
+            dead: table.rows.values().filter(|stored| stored.dead).count() as u64,
+            waiting: pending().filter(|stored| stored.refused()).count() as u64,
+            blocked_keys: keys.len() as u64,
+        })
+    }
+}

@@ -1,0 +1,251 @@
+//! The store seam: where outbox rows are read from and their ends are written to.
+//!
+//! Obligations of every implementation, checked by `tests/relay/contract_store.rs`:
+//!
+//! 1. [`Store::poll`] returns pending, due rows in id order, all out of one snapshot, never one
+//!    that is listed as in flight, never more than asked for.
+//! 2. With `keep_order`, a row is not returned while an earlier row of its key was refused and is
+//!    still pending.
+//! 3. [`Store::settle`] is all or nothing and may be run again with the same input.
+//! 4. No transaction outlives a call.
+//! 5. An error says what to do next ([`Trouble`]); it never loses a row.
+
+pub mod memory;
+pub mod postgres;
+
+pub use postgres::PostgresStore;
+
+use bytes::Bytes;
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// One pending outbox row.
+#[derive(Clone)]
+pub struct Row {
+    /// Order within a key.
+    pub id: i64,
+    /// AMQP `message_id`.
+    pub message_id: Uuid,
+    /// Where to; the exchange is the configured default where the row names none.
+    pub route: Arc<Route>,
+    /// Rows that share it are delivered in id order.
+    pub ordering_key: Option<Arc<str>>,
+    /// The message body as stored.
+    pub payload: Bytes,
+    /// AMQP `content_type`.
+    pub content_type: String,
+    /// JSON text of the headers.
+    pub headers: String,
+    /// Microseconds since 1970; what Postgres calls infinity is clamped.
+    pub created_at_micros: i64,
+    /// Times the broker refused it.
+    pub attempts: u32,
+    /// Why the row cannot be read as a message at all; it goes straight to the dead.
+    pub defect: Option<String>,
+}
+
+/// Where a message goes: an exchange and a routing key.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// Exchange; empty is the broker's default exchange.
+    pub exchange: String,
+    /// Routing key.
+    pub routing_key: String,
+}
+
+/// Without payload and headers: those never reach a log.
+impl fmt::Debug for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Row")
+            .field("id", &self.id)
+            .field("message_id", &self.message_id)
+            .field("route", &self.route)
+            .field("attempts", &self.attempts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Memory a row takes besides its texts: the struct, its place in queues and maps. An estimate.
+const ROW_OVERHEAD_BYTES: usize = 512;
+
+impl Row {
+    /// Bytes this row counts against the budget.
+    pub fn bytes(&self) -> usize {
+        let key = self.ordering_key.as_ref().map_or(0, |key| key.len());
+        let names = self.route.exchange.len() + self.route.routing_key.len() + self.content_type.len();
+        self.payload.len() + self.headers.len() + key + names + ROW_OVERHEAD_BYTES
+    }
+}
+
+/// What a poll asks for.
+#[derive(Debug, Clone, Copy)]
+pub struct Ask<'a> {
+    /// Id ranges that are not settled, first and last inclusive, ascending and disjoint.
+    pub ranges: &'a [(i64, i64)],
+    /// Rows at most.
+    pub rows: usize,
+    /// Bytes at most. The first row is returned even if it is larger, when `room_for_any` says so.
+    pub bytes: usize,
+    /// Nothing else is in flight: a row larger than the whole budget may pass.
+    pub room_for_any: bool,
+    /// Ids that are in flight and must not be returned again.
+    pub in_flight: &'a [i64],
+    /// Rows of a key wait for a refused one before them.
+    pub keep_order: bool,
+    /// Routes whose refused rows are not tried now.
+    pub parked: &'a [Arc<Route>],
+}
+
+/// What a poll returns.
+#[derive(Debug, Default)]
+pub struct Read {
+    /// The rows, in id order.
+    pub rows: Vec<Row>,
+    /// There may be more that did not fit.
+    pub more: bool,
+    /// The answer was cut off at the budget of bytes, so its connection still carries the rest.
+    pub cut_off: bool,
+}
+
+/// The view of one snapshot on ids that were passed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Horizon {
+    /// Oldest transaction that still runs.
+    pub xmin: u64,
+    /// First transaction id not yet given out.
+    pub xmax: u64,
+    /// Pending ids in the ranges asked about, ascending.
+    pub pending: Vec<i64>,
+}
+
+/// Outcomes that are written together.
+#[derive(Debug, Default, Clone)]
+pub struct Settlement {
+    /// Confirmed and routed.
+    pub delivered: Vec<i64>,
+    /// Refused, to be tried again.
+    pub waiting: Vec<Waiting>,
+    /// Can never be delivered.
+    pub dead: Vec<Dead>,
+}
+
+/// A refused row that waits.
+#[derive(Debug, Clone)]
+pub struct Waiting {
+    /// Row id.
+    pub id: i64,
+    /// Attempts including this one.
+    pub attempts: u32,
+    /// Until it is due again.
+    pub wait: Duration,
+    /// Why, for a person.
+    pub reason: String,
+}
+
+/// A row that is set aside.
+#[derive(Debug, Clone)]
+pub struct Dead {
+    /// Row id.
+    pub id: i64,
+    /// Attempts including the last.
+    pub attempts: u32,
+    /// Why, for a person.
+    pub reason: String,
+}
+
+impl Settlement {
+    /// Nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.delivered.is_empty() && self.waiting.is_empty() && self.dead.is_empty()
+    }
+}
+
+/// What one bite of retention did.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Bite {
+    /// Delivered rows looked at.
+    pub looked_at: u64,
+    /// Rows deleted.
+    pub purged: u64,
+    /// Where the next bite goes on.
+    pub last_id: i64,
+}
+
+/// Counts of the table, for health and metrics.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+pub struct Census {
+    /// Committed and neither delivered nor dead.
+    pub pending: u64,
+    /// Age of the oldest pending row that could have been sent, in seconds.
+    pub oldest_seconds: f64,
+    /// Set aside.
+    pub dead: u64,
+    /// Refused and waiting.
+    pub waiting: u64,
+    /// Keys that a waiting row holds back.
+    pub blocked_keys: u64,
+}
+
+/// What a failed call to the store means for its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// The database cannot be used now: wait, reconnect, go on.
+    Outage,
+    /// This statement lost a race (deadlock, lock or statement time-out): run it again.
+    Contention,
+    /// Login, schema or grants: not ready, say so, retry slowly.
+    Configuration,
+}
+
+/// A failed call to the store.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{sentence}")]
+pub struct StoreError {
+    /// What to do next.
+    pub trouble: Trouble,
+    /// One sentence for a person, without secrets.
+    pub sentence: String,
+}
+
+/// Where outbox rows live. See the module text for the obligations.
+pub trait Store: Send + Sync + 'static {
+    /// Reads pending rows.
+    fn poll(&self, ask: Ask<'_>) -> impl Future<Output = Result<Read, StoreError>> + Send;
+
+    /// The oldest waiting row of a parked route, whether due or not.
+    fn probe(
+        &self,
+        route: &Route,
+        in_flight: &[i64],
+        keep_order: bool,
+    ) -> impl Future<Output = Result<Option<Row>, StoreError>> + Send;
+
+    /// Makes at most `rows` waiting rows of a route due; returns how many.
+    fn release(&self, route: &Route, rows: usize) -> impl Future<Output = Result<u64, StoreError>> + Send;
+
+    /// Which ids up to `last` within `ranges` are pending, and which transactions run.
+    fn horizon(
+        &self,
+        last: i64,
+        ranges: &[(i64, i64)],
+        in_flight: &[i64],
+        ids: usize,
+    ) -> impl Future<Output = Result<Horizon, StoreError>> + Send;
+
+    /// Writes outcomes.
+    fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Deletes expired rows among the next `rows` delivered ones after `after`.
+    fn purge(
+        &self,
+        after: i64,
+        rows: usize,
+        retention: Duration,
+    ) -> impl Future<Output = Result<Bite, StoreError>> + Send;
+
+    /// Counts.
+    fn census(&self) -> impl Future<Output = Result<Census, StoreError>> + Send;
+}

@@ -1,0 +1,85 @@
+//! Migrations: the outbox table and its indexes, applied in order and recorded in a table of our own
+//! (`outbox_migrations`), never in sqlx's default, which the application may use itself.
+//!
+//! sqlx takes an advisory lock for the whole run, so two processes that migrate at once do no
+//! harm. Statements are written to be repeatable, for tables that a DBA created by hand.
+
+use super::session::Connector;
+use super::{error::classify, schema::Shape};
+use crate::config::TableName;
+use crate::store::{StoreError, Trouble};
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
+use std::time::Duration;
+
+/// Every migration: version, description, text.
+const MIGRATIONS: [(i64, &str, &str); 1] =
+    [(1, "outbox", include_str!("../../../migrations/0001_outbox.sql"))];
+
+/// Locks are waited for this long at most, so that a migration never queues the application
+/// behind itself.
+const LOCK_LIMIT: &str = "set lock_timeout = '5s'; set statement_timeout = '60s'";
+
+/// Longest all of it may take as seen from here, should the server fall silent.
+const RUN_LIMIT: Duration = Duration::from_secs(120);
+
+/// The SQL of all migrations for this table, for DBAs who apply it themselves.
+pub fn print(table: &TableName) -> String {
+    let texts = MIGRATIONS.map(|(version, name, text)| {
+        format!("-- Migration {version:04}: {name}\nbegin;\n\n{}\ncommit;\n", render(text, table))
+    });
+    texts.join("\n")
+}
+
+/// Applies what is missing, then checks that the table is as the relay needs it.
+pub async fn run(connector: &Connector, table: &TableName) -> Result<(), StoreError> {
+    match tokio::time::timeout(RUN_LIMIT, apply(connector, table)).await {
+        Ok(result) => result,
+        Err(_) => {
+            let sentence = format!("migrating table {table} took longer than {} s", RUN_LIMIT.as_secs());
+            Err(StoreError { trouble: Trouble::Outage, sentence })
+        }
+    }
+}
+
+async fn apply(connector: &Connector, table: &TableName) -> Result<(), StoreError> {
+    let mut connection = connector.connect().await?;
+    connection.execute(LOCK_LIMIT).await.map_err(|error| classify(&error))?;
+    let migrations = MIGRATIONS.map(|(version, name, text)| {
+        let sql = AssertSqlSafe(render(text, table)).into_sql_str();
+        Migration::new(version, name.into(), MigrationType::Simple, sql, false)
+    });
+    let mut migrator = Migrator::with_migrations(migrations.to_vec());
+    migrator.dangerous_set_table_name(table.with_suffix("_migrations"));
+    migrator.run_direct(None, &mut connection, false).await.map_err(|error| explain(&error, table))?;
+    let shape = Shape::read(&mut connection, table).await.map_err(|error| classify(&error))?;
+    shape.verify(table)
+}
+
+fn explain(error: &sqlx::migrate::MigrateError, table: &TableName) -> StoreError {
+    use sqlx::migrate::MigrateError;
+    let configuration = |sentence: String| StoreError { trouble: Trouble::Configuration, sentence };
+    match error {
+        MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) => {
+            let StoreError { trouble, sentence } = classify(cause);
+            StoreError { trouble, sentence: format!("cannot migrate table {table}: {sentence}") }
+        }
+        MigrateError::VersionMissing(version) => configuration(format!(
+            "table {table} was migrated by a newer outbox-relay (version {version}); use that one"
+        )),
+        MigrateError::VersionMismatch(version) => configuration(format!(
+            "migration {version} of table {table} was applied in another wording; compare it with `outbox-relay migrate --print`"
+        )),
+        other => configuration(format!("cannot migrate table {table}: {other}")),
+    }
+}
+
+fn render(text: &str, table: &TableName) -> String {
+    let mut rendered = text.replace("{outbox}", &table.quoted());
+    while let Some(start) = rendered.find("{index:") {
+        let Some(length) = rendered[start..].find('}') else { break };
+        let suffix = rendered[start + "{index:".len()..start + length].to_owned();
+        rendered.replace_range(start..=start + length, &table.index(&suffix));
+    }
+    rendered
+}

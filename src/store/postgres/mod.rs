@@ -1,0 +1,262 @@
+//! The Postgres store: every statement lives in `store/sql/`, one file each, and is run here by the
+//! function of the same name.
+//!
+//! Four connections, one for each kind of work, so that a slow count never delays a mark. A
+//! connection that failed is dropped and opened again by the next call; no session state is
+//! needed, so a pooler in transaction mode works (`OUTBOX_TRANSACTION_POOLING`).
+
+mod decode;
+mod error;
+pub mod migrate;
+pub mod preflight;
+pub mod schema;
+mod session;
+mod statements;
+
+pub use session::{Connector, connect_error};
+
+use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Store, StoreError};
+use crate::config::Settings;
+use session::{Lane, Session, TableAccess, Unit};
+use sqlx::Row as _;
+use statements::Statements;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Outbox rows in a Postgres table.
+#[derive(Debug)]
+pub struct PostgresStore {
+    statements: Statements,
+    default_exchange: Arc<str>,
+    keep_delivered: bool,
+    reading: Lane,
+    settling: Lane,
+    counting: Lane,
+    purging: Lane,
+}
+
+impl PostgresStore {
+    /// A store that connects on first use, and migrates then if the settings say so.
+    pub fn new(connector: Connector, settings: &Settings) -> Self {
+        let table = Arc::new(TableAccess::new(connector, settings.table.clone(), settings.migrate));
+        Self {
+            statements: Statements::new(&settings.table),
+            default_exchange: settings.exchange.as_str().into(),
+            keep_delivered: !settings.retention.is_zero(),
+            reading: Lane::new(Arc::clone(&table)),
+            settling: Lane::new(Arc::clone(&table)),
+            counting: Lane::new(Arc::clone(&table)),
+            purging: Lane::new(table),
+        }
+    }
+
+    async fn run_poll(&self, session: &mut Session, ask: &Ask<'_>) -> Result<Read, sqlx::Error> {
+        let (first, last): (Vec<i64>, Vec<i64>) = ask.ranges.iter().copied().unzip();
+        let (exchanges, keys): (Vec<&str>, Vec<&str>) =
+            ask.parked.iter().map(|route| (route.exchange.as_str(), route.routing_key.as_str())).unzip();
+        let query = session
+            .query(&self.statements.poll)
+            .bind(first)
+            .bind(last)
+            .bind(ask.rows as i64)
+            .bind(ask.in_flight)
+            .bind(ask.keep_order)
+            .bind(exchanges)
+            .bind(keys)
+            .bind(&*self.default_exchange);
+        let read = decode::read(query.fetch(session.connection()), ask, &self.default_exchange).await?;
+        if read.cut_off {
+            session.spoil();
+        }
+        Ok(read)
+    }
+
+    async fn run_settle(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
+        if !settlement.delivered.is_empty() {
+            self.mark_delivered(session, settlement).await?;
+        }
+        if !settlement.waiting.is_empty() {
+            self.mark_waiting(session, settlement).await?;
+        }
+        if !settlement.dead.is_empty() {
+            self.mark_dead(session, settlement).await?;
+        }
+        Ok(())
+    }
+
+    async fn mark_delivered(
+        &self,
+        session: &mut Session,
+        settlement: &Settlement,
+    ) -> Result<(), sqlx::Error> {
+        let statement = match self.keep_delivered {
+            true => &self.statements.mark_delivered,
+            false => &self.statements.delete_delivered,
+        };
+        session.query(statement).bind(&settlement.delivered).execute(session.connection()).await.map(drop)
+    }
+
+    async fn mark_waiting(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
+        let rows = &settlement.waiting;
+        let query = session
+            .query(&self.statements.mark_waiting)
+            .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.wait.as_secs_f64() * 1000.0).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>());
+        query.execute(session.connection()).await.map(drop)
+    }
+
+    async fn mark_dead(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
+        let rows = &settlement.dead;
+        let query = session
+            .query(&self.statements.mark_dead)
+            .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>());
+        query.execute(session.connection()).await.map(drop)
+    }
+
+    async fn run_probe(
+        &self,
+        session: &mut Session,
+        route: &Route,
+        in_flight: &[i64],
+        keep_order: bool,
+    ) -> Result<Option<Row>, sqlx::Error> {
+        let query = session
+            .query(&self.statements.probe)
+            .bind(&route.exchange)
+            .bind(&route.routing_key)
+            .bind(&*self.default_exchange)
+            .bind(in_flight)
+            .bind(keep_order);
+        let row = query.fetch_optional(session.connection()).await?;
+        row.map(|row| decode::row(&row, &self.default_exchange)).transpose()
+    }
+
+    async fn run_release(
+        &self,
+        session: &mut Session,
+        route: &Route,
+        rows: usize,
+    ) -> Result<u64, sqlx::Error> {
+        let query = session
+            .query(&self.statements.release)
+            .bind(&route.exchange)
+            .bind(&route.routing_key)
+            .bind(&*self.default_exchange)
+            .bind(rows as i64);
+        Ok(query.execute(session.connection()).await?.rows_affected())
+    }
+
+    async fn run_horizon(
+        &self,
+        session: &mut Session,
+        last: i64,
+        ranges: &[(i64, i64)],
+        in_flight: &[i64],
+        ids: usize,
+    ) -> Result<Horizon, sqlx::Error> {
+        let (first_ids, last_ids): (Vec<i64>, Vec<i64>) = ranges.iter().copied().unzip();
+        let query = session
+            .query(&self.statements.horizon)
+            .bind(last)
+            .bind(first_ids)
+            .bind(last_ids)
+            .bind(in_flight)
+            .bind(ids as i64);
+        let row = query.fetch_one(session.connection()).await?;
+        let number = |name: &str| -> Result<u64, sqlx::Error> {
+            row.try_get::<&str, _>(name)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
+        };
+        Ok(Horizon { xmin: number("xmin")?, xmax: number("xmax")?, pending: row.try_get("pending")? })
+    }
+
+    async fn run_purge(
+        &self,
+        session: &mut Session,
+        after: i64,
+        rows: usize,
+        retention: Duration,
+    ) -> Result<Bite, sqlx::Error> {
+        let query =
+            session.query(&self.statements.purge).bind(after).bind(rows as i64).bind(retention.as_secs_f64());
+        let row = query.fetch_one(session.connection()).await?;
+        Ok(Bite {
+            looked_at: row.try_get::<i64, _>("looked_at")? as u64,
+            purged: row.try_get::<i64, _>("purged")? as u64,
+            last_id: row.try_get::<Option<i64>, _>("last_id")?.unwrap_or(i64::MAX),
+        })
+    }
+
+    async fn run_census(&self, session: &mut Session) -> Result<Census, sqlx::Error> {
+        let row = session.query(&self.statements.census).fetch_one(session.connection()).await?;
+        let count = |name: &str| row.try_get::<i64, _>(name).map(|count| count as u64);
+        Ok(Census {
+            pending: count("pending")?,
+            oldest_seconds: row.try_get::<Option<f64>, _>("oldest_seconds")?.unwrap_or(0.0),
+            dead: count("dead")?,
+            waiting: count("waiting")?,
+            blocked_keys: count("blocked_keys")?,
+        })
+    }
+}
+
+impl Store for PostgresStore {
+    async fn poll(&self, ask: Ask<'_>) -> Result<Read, StoreError> {
+        self.reading.call(Unit::Statement, async |session| self.run_poll(session, &ask).await).await
+    }
+
+    async fn probe(
+        &self,
+        route: &Route,
+        in_flight: &[i64],
+        keep_order: bool,
+    ) -> Result<Option<Row>, StoreError> {
+        let probe = async |session: &mut Session| self.run_probe(session, route, in_flight, keep_order).await;
+        self.reading.call(Unit::Statement, probe).await
+    }
+
+    async fn release(&self, route: &Route, rows: usize) -> Result<u64, StoreError> {
+        self.reading.call(Unit::Statement, async |session| self.run_release(session, route, rows).await).await
+    }
+
+    async fn horizon(
+        &self,
+        last: i64,
+        ranges: &[(i64, i64)],
+        in_flight: &[i64],
+        ids: usize,
+    ) -> Result<Horizon, StoreError> {
+        let horizon =
+            async |session: &mut Session| self.run_horizon(session, last, ranges, in_flight, ids).await;
+        self.reading.call(Unit::Statement, horizon).await
+    }
+
+    async fn settle(&self, settlement: &Settlement) -> Result<(), StoreError> {
+        let kinds =
+            [!settlement.delivered.is_empty(), !settlement.waiting.is_empty(), !settlement.dead.is_empty()];
+        let unit =
+            if kinds.iter().filter(|some| **some).count() > 1 { Unit::Transaction } else { Unit::Statement };
+        self.settling.call(unit, async |session| self.run_settle(session, settlement).await).await
+    }
+
+    async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {
+        let purge = async |session: &mut Session| self.run_purge(session, after, rows, retention).await;
+        self.purging.call(Unit::Statement, purge).await
+    }
+
+    async fn census(&self) -> Result<Census, StoreError> {
+        self.counting.call(Unit::Statement, async |session| self.run_census(session).await).await
+    }
+}
+
+fn attempts(count: u32) -> i32 {
+    i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+/// Postgres stores no NUL in a text.
+fn storable(reason: &str) -> String {
+    reason.replace('\0', "\u{fffd}")
+}

@@ -1,0 +1,15 @@
+-- What health and metrics show. Every part reads a partial index only.
+-- A row counts as late from the moment it could first have been sent.
+select
+    (select count(*) from {outbox} where delivered_at is null and dead_at is null) as pending,
+    (select greatest(0, extract(epoch from clock_timestamp() -
+                case when attempts > 0 then created_at else greatest(created_at, available_at) end))::float8
+       from {outbox}
+      where delivered_at is null and dead_at is null
+        and (attempts > 0 or available_at <= clock_timestamp())
+      order by id limit 1) as oldest_seconds,
+    (select count(*) from {outbox} where dead_at is not null) as dead,
+    (select count(*) from {outbox}
+      where delivered_at is null and dead_at is null and attempts > 0) as waiting,
+    (select count(distinct ordering_key) from {outbox}
+      where delivered_at is null and dead_at is null and attempts > 0) as blocked_keys

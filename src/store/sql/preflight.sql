@@ -1,0 +1,26 @@
+-- Everything `check` wants to know of an existing table.
+-- $1 the table, quoted
+select
+    current_user::text as login,
+    coalesce((
+        select s.seqcache from pg_sequence s
+        where s.seqrelid = pg_get_serial_sequence($1, 'id')::regclass), 1) as sequence_cache,
+    exists (
+        select from pg_index i
+        where i.indrelid = to_regclass($1) and i.indisvalid and i.indpred is not null
+          and pg_get_indexdef(i.indexrelid) ~ '\(id\) WHERE'
+          and pg_get_expr(i.indpred, i.indrelid) ~ 'delivered_at IS NULL'
+          and pg_get_expr(i.indpred, i.indrelid) ~ 'dead_at IS NULL') as pending_index,
+    exists (
+        select from pg_index i
+        where i.indrelid = to_regclass($1) and i.indisvalid and i.indpred is not null
+          and pg_get_indexdef(i.indexrelid) ~ '\(ordering_key, id\) WHERE'
+          and pg_get_expr(i.indpred, i.indrelid) ~ 'attempts') as waiting_index,
+    exists (
+        select from pg_index i
+        where i.indrelid = to_regclass($1) and i.indisvalid and i.indpred is not null
+          and pg_get_indexdef(i.indexrelid) ~ '\(id\) WHERE'
+          and pg_get_expr(i.indpred, i.indrelid) ~ 'dead_at IS NOT NULL') as dead_index,
+    has_table_privilege($1, 'select') as may_select,
+    has_table_privilege($1, 'update') as may_update,
+    has_table_privilege($1, 'delete') as may_delete

@@ -1,0 +1,15 @@
+-- The oldest waiting row of a parked route, due or not, that no earlier row of its key holds back.
+-- $1 exchange    $2 routing key    $3 default exchange    $4 ids in flight    $5 keep the order of keys
+select {columns}
+from {outbox} as o
+where o.delivered_at is null and o.dead_at is null and o.attempts > 0
+  and o.routing_key = $2 and coalesce(o.exchange, $3) = $1
+  and o.id <> all ($4::bigint[])
+  and (not $5::boolean or o.ordering_key is null or (
+        select true from {outbox} as earlier
+        where earlier.ordering_key = o.ordering_key and earlier.id < o.id
+          and earlier.delivered_at is null and earlier.dead_at is null
+          and earlier.attempts > 0
+        limit 1) is null)
+order by o.id
+limit 1

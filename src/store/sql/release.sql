@@ -1,0 +1,11 @@
+-- A route works again: its waiting rows are due now. In bites, so that no transaction is long.
+-- $1 exchange    $2 routing key    $3 default exchange    $4 rows at most
+update {outbox} as o
+set available_at = clock_timestamp()
+where o.delivered_at is null and o.dead_at is null and o.attempts > 0
+  and o.id = any (array(
+        select w.id from {outbox} as w
+        where w.delivered_at is null and w.dead_at is null and w.attempts > 0
+          and w.available_at > clock_timestamp()
+          and w.routing_key = $2 and coalesce(w.exchange, $3) = $1
+        limit $4))

@@ -1,0 +1,11 @@
+-- What the outbox looks like: its columns with their types.
+-- $1 the table, quoted
+select
+    to_regclass($1) is not null as present,
+    pg_is_in_recovery() as standby,
+    coalesce((
+        select array_agg(a.attname::text order by a.attnum) from pg_attribute a
+        where a.attrelid = to_regclass($1) and a.attnum > 0 and not a.attisdropped), '{}') as columns,
+    coalesce((
+        select array_agg(format_type(a.atttypid, null) order by a.attnum) from pg_attribute a
+        where a.attrelid = to_regclass($1) and a.attnum > 0 and not a.attisdropped), '{}') as types
