@@ -1,0 +1,101 @@
+//! What runs beside the flow: counting for health and metrics, and deleting what has been kept long
+//! enough. Both are gentle: they use one connection, short statements, and rest in proportion to what
+//! the last statement took.
+
+use crate::retry::Delays;
+use crate::store::{Bite, Census, Store};
+use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// How often rows are counted while counting is quick.
+const CENSUS_INTERVAL: Duration = Duration::from_secs(1);
+/// A statement that took long is followed by this many times its duration of rest: 5 % of one connection.
+const CENSUS_REST: u32 = 20;
+/// Rows a bite of retention looks at.
+const BITE_ROWS: usize = 1000;
+/// Bites without an expired row that end a pass: rows that were delivered late lie among older ones.
+const BITES_IN_VAIN: u32 = 20;
+/// Rest after a bite, in times of its duration.
+const BITE_REST: u32 = 4;
+/// Longest and shortest pause between two passes of retention.
+const PASS_MAX: Duration = Duration::from_secs(60);
+const PASS_MIN: Duration = Duration::from_secs(1);
+
+/// Counts rows until stopped.
+pub async fn census<S: Store>(
+    store: Arc<S>,
+    board: Arc<Board>,
+    metrics: Arc<Metrics>,
+    pulse: Pulse,
+    stop: CancellationToken,
+) {
+    let count = async {
+        let mut delays = Delays::default();
+        loop {
+            let started = Instant::now();
+            let rest = match pulse.beat_during(store.census()).await {
+                Ok(census) => {
+                    delays = Delays::default();
+                    board.database_up(DatabaseUser::Housekeeping);
+                    show(&census, &metrics);
+                    board.set_census(census);
+                    CENSUS_INTERVAL.max(started.elapsed() * CENSUS_REST)
+                }
+                Err(error) => {
+                    board.database_down(DatabaseUser::Housekeeping, &error);
+                    delays.next(&error)
+                }
+            };
+            pulse.beat_during(tokio::time::sleep(rest)).await;
+        }
+    };
+    let _ = stop.run_until_cancelled(count).await;
+}
+
+fn show(census: &Census, metrics: &Metrics) {
+    metrics.pending.set(census.pending as i64);
+    metrics.oldest_pending_seconds.set(census.oldest_seconds);
+    metrics.dead_rows.set(census.dead as i64);
+    metrics.waiting.set(census.waiting as i64);
+    metrics.blocked_keys.set(census.blocked_keys as i64);
+}
+
+/// Deletes delivered rows after their retention until stopped. An error is told by the census, which
+/// uses the same connection more often; the pass simply begins again later.
+pub async fn purge<S: Store>(
+    store: Arc<S>,
+    retention: Duration,
+    metrics: Arc<Metrics>,
+    pulse: Pulse,
+    stop: CancellationToken,
+) {
+    let interval = (retention / 10).clamp(PASS_MIN, PASS_MAX);
+    let passes = async {
+        loop {
+            pulse.beat_during(tokio::time::sleep(interval)).await;
+            pulse.beat_during(pass(&*store, retention, &metrics)).await;
+        }
+    };
+    let _ = stop.run_until_cancelled(passes).await;
+}
+
+/// One pass over the delivered rows in id order. Rows are delivered nearly in id order, so after some
+/// bites in which nothing had expired, what lies behind is younger still.
+async fn pass<S: Store>(store: &S, retention: Duration, metrics: &Metrics) {
+    let (mut after, mut in_vain) = (i64::MIN, 0);
+    while in_vain < BITES_IN_VAIN {
+        let started = Instant::now();
+        let Ok(Bite { looked_at, purged, last_id }) = store.purge(after, BITE_ROWS, retention).await else {
+            return;
+        };
+        metrics.purged.inc_by(purged);
+        if looked_at < BITE_ROWS as u64 {
+            return;
+        }
+        in_vain = if purged == 0 { in_vain + 1 } else { 0 };
+        after = last_id;
+        tokio::time::sleep(started.elapsed() * BITE_REST).await;
+    }
+}

@@ -1,0 +1,139 @@
+//! What `/health` says: the state of both servers and of the table, and one reason if all is not well.
+
+use crate::sink::SinkState;
+use crate::store::Census;
+use crate::telemetry::{Board, Database, Metrics, Pulses};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Everything the endpoints look at.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "the types say it")]
+pub struct View {
+    pub board: Arc<Board>,
+    pub metrics: Arc<Metrics>,
+    pub pulses: Pulses,
+    pub sink: watch::Receiver<SinkState>,
+    pub shards: usize,
+}
+
+/// The body of `/health`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Health {
+    /// `ok` or `unavailable`.
+    pub status: String,
+    /// Why not ok, in one sentence.
+    pub reason: Option<String>,
+    /// `up` or `down`.
+    pub database: Part,
+    /// `up`, `down` or `blocked`.
+    pub broker: Part,
+    /// Who publishes what.
+    pub ownership: Ownership,
+    /// Rows committed and neither delivered nor dead. Null, as the other counts, until they were counted.
+    pub pending: Option<u64>,
+    /// Age of the oldest pending row that is due.
+    pub oldest_pending_seconds: Option<f64>,
+    /// Rows set aside.
+    pub dead: Option<u64>,
+    /// Rows refused and waiting.
+    pub waiting: Option<u64>,
+    /// Keys held back by a waiting row.
+    pub blocked_keys: Option<u64>,
+    /// Routes that refuse everything.
+    pub parked_routes: u64,
+    /// Rows read and not settled.
+    pub in_flight: u64,
+    /// Their bytes.
+    pub in_flight_bytes: u64,
+    /// A stop is under way.
+    pub stopping: bool,
+    /// Version of the binary.
+    pub version: String,
+}
+
+/// One server.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Part {
+    /// In one word.
+    pub state: String,
+    /// In one sentence, unless up.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+}
+
+/// Shards and their owner.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ownership {
+    /// `owner`: this replica publishes.
+    pub state: String,
+    /// Shards in all.
+    pub shards: u64,
+    /// Shards this replica publishes.
+    pub owned: u64,
+}
+
+impl Part {
+    fn new(state: &str, reason: Option<String>) -> Self {
+        Self { state: state.to_owned(), reason }
+    }
+}
+
+impl Health {
+    /// Why the relay is not ready: a server that cannot be used. A broker that blocks is reachable.
+    pub fn not_ready(&self) -> Option<String> {
+        if self.stopping {
+            return Some("stopping".to_owned());
+        }
+        let down = |name: &str, part: &Part| {
+            let reason = part.reason.clone().unwrap_or_default();
+            (part.state == "down").then(|| format!("{name}: {reason}"))
+        };
+        down("database", &self.database).or_else(|| down("broker", &self.broker))
+    }
+}
+
+impl View {
+    /// The state now. Counts of the table are at most a second old while counting is quick.
+    pub fn health(&self) -> Health {
+        let database = match self.board.database() {
+            Database::Up => Part::new("up", None),
+            Database::Unknown => Part::new("down", Some("not connected yet".to_owned())),
+            Database::Down(reason) => Part::new("down", Some(reason)),
+        };
+        let broker = match &*self.sink.borrow() {
+            SinkState::Ready => Part::new("up", None),
+            SinkState::Away { reason, .. } => Part::new("down", Some(reason.clone())),
+            SinkState::Blocked { reason } => {
+                Part::new("blocked", Some(format!("the broker asks publishers to stop: {reason}")))
+            }
+        };
+        let census = self.board.census();
+        let oldest = |census: Census| (census.oldest_seconds * 1000.0).round() / 1000.0;
+        let named = |name: &str, part: &Part| part.reason.as_ref().map(|reason| format!("{name}: {reason}"));
+        let reason = named("database", &database).or_else(|| named("broker", &broker));
+        let gauge = |value: i64| u64::try_from(value).unwrap_or(0);
+        Health {
+            status: if reason.is_none() { "ok" } else { "unavailable" }.to_owned(),
+            reason,
+            database,
+            broker,
+            ownership: Ownership {
+                state: "owner".to_owned(),
+                shards: self.shards as u64,
+                owned: gauge(self.metrics.owned_shards.get()),
+            },
+            pending: census.map(|census| census.pending),
+            oldest_pending_seconds: census.map(oldest),
+            dead: census.map(|census| census.dead),
+            waiting: census.map(|census| census.waiting),
+            blocked_keys: census.map(|census| census.blocked_keys),
+            parked_routes: gauge(self.metrics.parked_routes.get()),
+            in_flight: gauge(self.metrics.in_flight.get()),
+            in_flight_bytes: gauge(self.metrics.in_flight_bytes.get()),
+            stopping: self.board.stopping(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+}

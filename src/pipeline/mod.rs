@@ -1,0 +1,129 @@
+//! The pipeline: three stages joined by bounded channels, nothing shared.
+//!
+//! ```text
+//!             Work                  Outcome
+//!   poll ───────────────▶ publish ───────────▶ settle
+//!    ▲   a channel each   N workers  one channel  │  commits delivered ids,
+//!    │                                            │  waits and dead rows in batches
+//!    └────────────────── Settled ◀────────────────┘
+//!               a settled row frees its place
+//! ```
+//!
+//! | channel | written by | read by | bound |
+//! |---|---|---|---|
+//! | `Work` | poll | one worker each | a place for every row in flight and every resumed key |
+//! | `Outcome` | all workers | settle | the same |
+//! | `Settled` | settle | poll | the same |
+//!
+//! Invariants:
+//!
+//! 1. **One place per row.** A row that was read is in exactly one of: a `Work` channel, a worker,
+//!    the `Outcome` channel, settle, the `Settled` channel. `poll` counts places and never reads
+//!    more than are free; so every channel has room for every row, no send ever waits, and the
+//!    stages cannot deadlock although they form a ring.
+//! 2. **Only confirmed and routed rows become [`Fate::Delivered`]** (or those that
+//!    `OUTBOX_UNROUTABLE=accept` says to count).
+//! 3. **A refused row holds its key.** From the refusal on, its worker gives back every row of that
+//!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed. From then on the
+//!    table holds the key back. There is no moment at which neither does.
+//! 4. **Stopping is the end of input.** `poll` ends on the signal, workers when `poll` has, settle
+//!    when the workers have; settle's last write is never cancelled.
+
+pub mod known;
+pub mod poll;
+pub mod publish;
+pub mod queue;
+pub mod routes;
+pub mod settle;
+
+pub use poll::Poll;
+pub use publish::Worker;
+pub use settle::Settle;
+
+use crate::sink::Fault;
+use crate::store::{Route, Row};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// From poll to a worker.
+#[derive(Debug)]
+pub enum Work {
+    /// Publish this.
+    Publish(Row),
+    /// A refused row of this key is in the table now and holds it back there.
+    Resume(Arc<str>),
+}
+
+/// From a worker to settle: where a row's way ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Row id.
+    pub id: i64,
+    /// Its end.
+    pub end: End,
+}
+
+/// How a row left the pipeline.
+#[derive(Debug)]
+pub enum End {
+    /// Confirmed and routed.
+    Delivered {
+        /// When the row was written, for the end-to-end time.
+        created_at_micros: i64,
+    },
+    /// Refused, to be tried again.
+    Wait {
+        /// Its key, which stays held until the wait is committed.
+        key: Option<Arc<str>>,
+        /// Where it was going.
+        route: Arc<Route>,
+        /// Whose fault it was.
+        fault: Fault,
+        /// Attempts including this one.
+        attempts: u32,
+        /// Until it is due.
+        wait: Duration,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Can never be delivered.
+    Dead {
+        /// Attempts including this one.
+        attempts: u32,
+        /// Why, for a person.
+        reason: String,
+    },
+    /// Not sent; goes back to the table untouched.
+    Released,
+}
+
+/// From settle to poll, after the commit: this row's place is free.
+#[derive(Debug)]
+pub struct Settled {
+    /// Row id.
+    pub id: i64,
+    /// What became of it.
+    pub fate: Fate,
+}
+
+/// What poll has to know about a settled row.
+#[derive(Debug)]
+pub enum Fate {
+    /// Never to be read again.
+    Delivered,
+    /// Never to be read again, unless an operator sends it again under a later sweep.
+    Dead,
+    /// In the table, refused; its key may be read again because the table holds it back.
+    Waiting {
+        /// The key to resume.
+        key: Option<Arc<str>>,
+        /// The route that refused.
+        route: Arc<Route>,
+        /// Why, for the log of a parked route.
+        reason: String,
+        /// Whose fault it was.
+        fault: Fault,
+    },
+    /// In the table as it was.
+    Released,
+}

@@ -1,0 +1,494 @@
+//! The reading stage: asks the store for pending rows and deals them out to the workers.
+//!
+//! It owns the budget: it knows every row in flight, asks for no more rows and bytes than there are
+//! free places, and frees a place when settle says so. It keeps the order of keys together with the
+//! store (a refused row holds back its key in the table) and the workers (see `pipeline/mod.rs`).
+//!
+//! It reads only while the broker takes messages: an outage fills no memory.
+
+use super::known::{Known, Unknown};
+use super::routes::{Parking, Routes};
+use super::{Fate, Settled, Work};
+use crate::config::{Ordering, Settings};
+use crate::retry::Delays;
+use crate::sink::SinkState;
+use crate::store::{Ask, Read, Route, Row, Store, StoreError, Trouble};
+use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use std::collections::{HashMap, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Ranges in one statement at most; each costs an index descent.
+const RANGES_MAX: usize = 64;
+/// Shortest pause after a read that found little: bounds the statements per second of a trickle.
+const PAUSE_MIN: Duration = Duration::from_millis(2);
+/// Size assumed of rows before any was seen: large, so that the first answer is small.
+const FIRST_ROW_BYTES: usize = 256 * 1024;
+/// A read that finds nothing may take long, when many rows wait behind a refused one. It is followed by
+/// this many times its duration of rest.
+const EMPTY_READ_REST: u32 = 2;
+/// How often gaps between ids are looked at.
+const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an id must have been passed over, besides the end of every transaction that ran then. Covers the
+/// moment between `nextval` and the first write of a transaction, in which it has no id yet.
+const GAP_AGE: Duration = Duration::from_secs(5);
+/// Pending ids looked at per horizon.
+const HORIZON_IDS: usize = 1000;
+/// Waiting rows made due with one statement when a route works again.
+const RELEASE_ROWS: usize = 1000;
+
+/// The stage.
+pub struct Poll<S> {
+    store: Arc<S>,
+    workers: Vec<mpsc::Sender<Work>>,
+    settled: mpsc::Receiver<Settled>,
+    sink: watch::Receiver<SinkState>,
+    stop: CancellationToken,
+    board: Arc<Board>,
+    pulse: Pulse,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+
+    in_flight: HashMap<i64, InFlight>,
+    bytes_in_flight: usize,
+    known: Known,
+    /// Largest id ever read.
+    last_read: i64,
+    gaps: Option<GapCheck>,
+    last_horizon: Instant,
+    last_sweep: Instant,
+    sweeping: bool,
+    routes: Routes,
+    releasing: VecDeque<Arc<Route>>,
+    /// Size of rows seen lately; keeps answers near what fits into the free bytes.
+    row_bytes: usize,
+    delays: Delays,
+}
+
+/// What poll is connected to.
+pub struct Ends<S> {
+    /// Where rows come from.
+    pub store: Arc<S>,
+    /// A channel to each worker.
+    pub workers: Vec<mpsc::Sender<Work>>,
+    /// Settled rows.
+    pub settled: mpsc::Receiver<Settled>,
+    /// Whether the broker takes messages.
+    pub sink: watch::Receiver<SinkState>,
+}
+
+/// Settings of the stage.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    rows: usize,
+    bytes: usize,
+    /// Rows per statement.
+    read_rows: usize,
+    poll_interval: Duration,
+    sweep_interval: Duration,
+    keep_order: bool,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    bytes: usize,
+    /// Set for rows whose success is news: their route has refused lately.
+    watched: Option<Arc<Route>>,
+}
+
+/// A note of what had been passed over when, and which transactions might still fill it.
+#[derive(Debug, Clone, Copy)]
+struct GapCheck {
+    last: i64,
+    xmax: u64,
+    at: Instant,
+}
+
+/// What a turn of the loop found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// A full answer: more is there.
+    More,
+    /// The next row is larger than what is free.
+    TooLarge,
+    /// Some rows.
+    Some,
+    /// None.
+    Nothing,
+}
+
+impl<S: Store> Poll<S> {
+    /// A stage that ends on `stop`.
+    pub fn new(
+        ends: Ends<S>,
+        settings: &Settings,
+        stop: CancellationToken,
+        board: Arc<Board>,
+        pulse: Pulse,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let limits = Limits {
+            rows: settings.max_in_flight,
+            bytes: settings.max_in_flight_bytes,
+            read_rows: (settings.batch_size * settings.workers).min(settings.max_in_flight),
+            poll_interval: settings.poll_interval,
+            sweep_interval: settings.sweep_interval,
+            keep_order: settings.ordering != Ordering::None,
+        };
+        Self {
+            store: ends.store,
+            workers: ends.workers,
+            settled: ends.settled,
+            sink: ends.sink,
+            stop,
+            board,
+            pulse,
+            metrics,
+            limits,
+            in_flight: HashMap::new(),
+            bytes_in_flight: 0,
+            known: Known::default(),
+            last_read: i64::MIN,
+            gaps: None,
+            last_horizon: Instant::now(),
+            last_sweep: Instant::now(),
+            sweeping: false,
+            routes: Routes::new(settings.retry_min, settings.retry_max),
+            releasing: VecDeque::new(),
+            row_bytes: FIRST_ROW_BYTES,
+            delays: Delays::default(),
+        }
+    }
+
+    /// Reads until stopped. Dropping the senders on return is what ends the workers.
+    pub async fn run(mut self) {
+        let stop = self.stop.clone();
+        // Cancelling a read loses nothing: its rows are still pending, its connection is dropped.
+        let _ = stop.run_until_cancelled(self.read_on()).await;
+    }
+
+    async fn read_on(&mut self) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            self.take_settled().await;
+            self.wait_for_room_and_sink().await;
+            let begun = Instant::now();
+            let found = match self.turn().await {
+                Ok(found) => found,
+                Err(error) => {
+                    self.recover(&error).await;
+                    continue;
+                }
+            };
+            match found {
+                Found::More => continue,
+                Found::TooLarge => {
+                    let settled = self.pulse.beat_during(self.settled.recv()).await;
+                    self.settle(settled).await;
+                    continue;
+                }
+                Found::Some => pause = PAUSE_MIN,
+                Found::Nothing => pause *= 2,
+            }
+            pause = pause.min(self.limits.poll_interval);
+            let gentle =
+                if found == Found::Nothing { begun.elapsed() * EMPTY_READ_REST } else { Duration::ZERO };
+            self.rest(pause.max(gentle)).await;
+        }
+    }
+
+    /// One round of statements: what is due besides reading, then a read.
+    async fn turn(&mut self) -> Result<Found, StoreError> {
+        self.release_a_bite().await?;
+        self.probe().await?;
+        self.close_gaps().await?;
+        let found = self.read().await?;
+        self.board.database_up(DatabaseUser::Poll);
+        Ok(found)
+    }
+
+    /// Waits until rows may be read: the broker takes messages, and enough places are free to be worth
+    /// a statement.
+    async fn wait_for_room_and_sink(&mut self) {
+        loop {
+            if !self.sink.borrow().is_ready() {
+                // Nothing is asked of the database meanwhile, so nothing is known of it here.
+                self.board.database_idle(DatabaseUser::Poll);
+                tokio::select! {
+                    biased;
+                    // 1. Places are freed while the broker is away too.
+                    settled = self.settled.recv() => self.settle(settled).await,
+                    // 2. The broker is back, or has another reason to be away.
+                    changed = self.pulse.beat_during(self.sink.changed()) => if changed.is_err() {
+                        // The sink is gone: the relay is being taken apart.
+                        std::future::pending::<()>().await;
+                    }
+                }
+            } else if self.has_room() {
+                return;
+            } else {
+                let settled = self.pulse.beat_during(self.settled.recv()).await;
+                self.settle(settled).await;
+                self.take_settled().await;
+            }
+        }
+    }
+
+    /// A quarter of the places is free, so that a statement is worth its while.
+    fn has_room(&self) -> bool {
+        let rows = self.limits.rows - self.in_flight.len();
+        let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
+        self.in_flight.is_empty() || (rows >= self.limits.rows.div_ceil(4) && bytes >= self.limits.bytes / 4)
+    }
+
+    /// Sleeps until the next read is due; settled rows and a stop are taken in meanwhile.
+    async fn rest(&mut self, pause: Duration) {
+        let until = tokio::time::Instant::now() + pause;
+        loop {
+            tokio::select! {
+                biased;
+                // 1. Settled rows first: they free places.
+                settled = self.settled.recv() => self.settle(settled).await,
+                // 2. Time is up.
+                () = self.pulse.beat_during(tokio::time::sleep_until(until)) => return,
+            }
+        }
+    }
+
+    async fn recover(&mut self, error: &StoreError) {
+        self.board.database_down(DatabaseUser::Poll, error);
+        if error.trouble != Trouble::Contention {
+            // A failover may have lost transactions and given their ids to others.
+            self.forget_what_is_settled();
+        }
+        let pause = self.delays.next(error);
+        self.rest(pause).await;
+    }
+
+    fn forget_what_is_settled(&mut self) {
+        self.known = Known::default();
+        for id in self.in_flight.keys() {
+            self.known.add(*id);
+        }
+        self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
+        self.gaps = None;
+    }
+
+    async fn read(&mut self) -> Result<Found, StoreError> {
+        if self.last_sweep.elapsed() >= self.limits.sweep_interval {
+            self.sweeping = true;
+        }
+        let Unknown { ranges, exact } =
+            if self.sweeping { Unknown::everything() } else { self.known.unknown(RANGES_MAX) };
+        // Exact ranges leave out what is in flight; others need the list of it.
+        let in_flight: Vec<i64> = if exact { Vec::new() } else { self.in_flight.keys().copied().collect() };
+        let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
+        let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
+        let ask = Ask {
+            ranges: &ranges,
+            rows: rows.min((free_bytes / self.row_bytes).max(1)),
+            bytes: free_bytes,
+            room_for_any: self.in_flight.is_empty(),
+            in_flight: &in_flight,
+            keep_order: self.limits.keep_order,
+            parked: &self.routes.parked(),
+        };
+        let started = Instant::now();
+        let Read { rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
+        self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
+        self.delays = Delays::default();
+        if self.sweeping && !more {
+            self.sweeping = false;
+            self.last_sweep = Instant::now();
+        }
+        let found = match (more, rows.is_empty()) {
+            (true, false) => Found::More,
+            (true, true) => Found::TooLarge,
+            (false, false) => Found::Some,
+            (false, true) => Found::Nothing,
+        };
+        self.remember_row_size(&rows);
+        if self.sweeping_found_known_ids(&rows) {
+            self.forget_what_is_settled();
+        }
+        for row in rows {
+            self.send(row).await;
+        }
+        Ok(found)
+    }
+
+    /// Ids that were settled are pending again: the sequence was set back, or an operator sends rows again.
+    /// What is known of other ids may be as wrong.
+    fn sweeping_found_known_ids(&self, rows: &[Row]) -> bool {
+        let again = |row: &Row| self.known.contains(row.id) && !self.in_flight.contains_key(&row.id);
+        rows.iter().any(again)
+    }
+
+    fn remember_row_size(&mut self, rows: &[Row]) {
+        if !rows.is_empty() {
+            let mean = rows.iter().map(Row::bytes).sum::<usize>() / rows.len();
+            // Growing at once and shrinking slowly errs on the side of small answers.
+            self.row_bytes = mean.max((self.row_bytes * 3 + mean) / 4).max(1);
+        }
+    }
+
+    async fn send(&mut self, row: Row) {
+        if self.in_flight.contains_key(&row.id) {
+            return;
+        }
+        let watched = self.routes.watches(&row.route).then(|| Arc::clone(&row.route));
+        self.last_read = self.last_read.max(row.id);
+        self.known.add(row.id);
+        self.bytes_in_flight += row.bytes();
+        self.in_flight.insert(row.id, InFlight { bytes: row.bytes(), watched });
+        self.show_in_flight();
+        let worker = self.worker_of(&row);
+        // Never waits: the channel has a place for every row in flight.
+        let _ = self.workers[worker].send(Work::Publish(row)).await;
+    }
+
+    fn worker_of(&self, row: &Row) -> usize {
+        match row.ordering_key.as_deref().filter(|_| self.limits.keep_order) {
+            Some(key) => self.worker_of_key(key),
+            None => (row.id.unsigned_abs() % self.workers.len() as u64) as usize,
+        }
+    }
+
+    fn worker_of_key(&self, key: &str) -> usize {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        (hasher.finish() % self.workers.len() as u64) as usize
+    }
+
+    async fn take_settled(&mut self) {
+        while let Ok(settled) = self.settled.try_recv() {
+            self.settle(Some(settled)).await;
+        }
+    }
+
+    /// Frees the place of a settled row.
+    async fn settle(&mut self, settled: Option<Settled>) {
+        let Some(Settled { id, fate }) = settled else {
+            // Settle is gone; supervision ends us.
+            return std::future::pending().await;
+        };
+        let Some(InFlight { bytes, watched }) = self.in_flight.remove(&id) else { return };
+        self.bytes_in_flight -= bytes;
+        self.show_in_flight();
+        match fate {
+            Fate::Delivered => {
+                if let Some(route) = watched {
+                    self.route_works(route);
+                }
+            }
+            Fate::Dead => {
+                if let Some(route) = watched {
+                    self.routes.probe_released(&route, Instant::now());
+                }
+            }
+            Fate::Released => {
+                self.known.remove(id);
+                if let Some(route) = watched {
+                    self.routes.probe_released(&route, Instant::now());
+                }
+            }
+            Fate::Waiting { key, route, reason, fault } => {
+                self.known.remove(id);
+                if !fault.blames_destination() {
+                    // The message was refused, which says nothing of its route.
+                    if let Some(route) = watched {
+                        self.routes.probe_released(&route, Instant::now());
+                    }
+                } else if self.routes.refused(&route, Instant::now()) == Parking::Parked {
+                    tracing::warn!(
+                        exchange = route.exchange,
+                        routing_key = route.routing_key,
+                        reason,
+                        "route parked: it refuses every message; trying one now and then"
+                    );
+                }
+                if let Some(key) = key.filter(|_| self.limits.keep_order) {
+                    // The next read sees the committed wait, so the worker may take this key again.
+                    let worker = self.worker_of_key(&key);
+                    let _ = self.workers[worker].send(Work::Resume(key)).await;
+                }
+            }
+        }
+        self.metrics.parked_routes.set(self.routes.parked_count() as i64);
+    }
+
+    fn show_in_flight(&self) {
+        self.metrics.in_flight.set(self.in_flight.len() as i64);
+        self.metrics.in_flight_bytes.set(self.bytes_in_flight as i64);
+    }
+
+    fn route_works(&mut self, route: Arc<Route>) {
+        if self.routes.delivered(&route) {
+            tracing::info!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                "route works again; its waiting rows are due now"
+            );
+            self.releasing.push_back(route);
+        }
+    }
+
+    /// Makes some waiting rows of a route that works again due.
+    async fn release_a_bite(&mut self) -> Result<(), StoreError> {
+        let Some(route) = self.releasing.front() else { return Ok(()) };
+        let released = self.pulse.beat_during(self.store.release(route, RELEASE_ROWS)).await?;
+        if released < RELEASE_ROWS as u64 {
+            self.releasing.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Sends one waiting row of a parked route that is due for it.
+    async fn probe(&mut self) -> Result<(), StoreError> {
+        let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
+        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let probe = self.store.probe(&route, &in_flight, self.limits.keep_order);
+        match self.pulse.beat_during(probe).await {
+            Ok(Some(row)) => self.send(row).await,
+            Ok(None) => {
+                self.routes.nothing_waits(&route);
+                self.metrics.parked_routes.set(self.routes.parked_count() as i64);
+            }
+            Err(error) => {
+                self.routes.probe_released(&route, Instant::now());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Learns which passed-over ids will never appear, so that they are not asked for again.
+    async fn close_gaps(&mut self) -> Result<(), StoreError> {
+        if self.last_horizon.elapsed() < HORIZON_INTERVAL || !self.known.has_gap_below(self.last_read) {
+            return Ok(());
+        }
+        self.last_horizon = Instant::now();
+        let check = self.gaps;
+        let last = check.map_or(i64::MIN, |check| check.last);
+        let ranges = self.known.unknown(RANGES_MAX).ranges;
+        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
+        let horizon = self.pulse.beat_during(horizon).await?;
+        let fresh = GapCheck { last: self.last_read, xmax: horizon.xmax, at: Instant::now() };
+        let Some(check) = check else {
+            self.gaps = Some(fresh);
+            return Ok(());
+        };
+        if horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE {
+            let complete = horizon.pending.len() < HORIZON_IDS;
+            let last =
+                if complete { check.last } else { horizon.pending.last().copied().unwrap_or(check.last) };
+            self.known.close_gaps(last, &horizon.pending);
+            self.gaps = Some(fresh);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,294 @@
+//! The publish stage: a worker with one channel to the broker.
+//!
+//! Takes rows, sends them in batches, awaits *all* answers of a batch, and hands every row over with
+//! its end. Rows whose fate is not known stay here and are sent again in order. Knows nothing of SQL.
+//!
+//! A crash here costs the rows in flight a second delivery, and nothing else: nothing is written
+//! before settle has the verdict.
+
+use super::queue::{Queue, Queued};
+use super::{End, Outcome, Work};
+use crate::config::Settings;
+use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
+use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
+use crate::store::{Route, Row};
+use crate::telemetry::{Metrics, Pulse};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Routes whose confirm time-outs are counted at once; more at the same time are an outage.
+const SILENT_ROUTES_MAX: usize = 1024;
+
+/// One publishing worker.
+pub struct Worker<P> {
+    input: mpsc::Receiver<Work>,
+    output: mpsc::Sender<Outcome>,
+    publisher: P,
+    sink: watch::Receiver<SinkState>,
+    queue: Queue,
+    policy: Policy,
+    batch_rows: usize,
+    batch_bytes: usize,
+    /// Confirm time-outs in a row, by route.
+    silences: HashMap<Arc<Route>, u32>,
+    /// The relay is stopping: do not wait for a broker that is away.
+    stopping: CancellationToken,
+    /// The grace period is over: leave everything that has no answer.
+    cut: CancellationToken,
+    pulse: Pulse,
+    metrics: Arc<Metrics>,
+}
+
+/// What a worker is connected to.
+pub struct Ends<P> {
+    /// Rows from poll.
+    pub input: mpsc::Receiver<Work>,
+    /// Outcomes to settle.
+    pub output: mpsc::Sender<Outcome>,
+    /// The worker's own way to the broker.
+    pub publisher: P,
+    /// Whether the broker can be used.
+    pub sink: watch::Receiver<SinkState>,
+}
+
+impl<P: Publisher> Worker<P> {
+    /// A worker that stops when its input ends.
+    pub fn new(
+        ends: Ends<P>,
+        settings: &Settings,
+        stopping: CancellationToken,
+        cut: CancellationToken,
+        pulse: Pulse,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            input: ends.input,
+            output: ends.output,
+            publisher: ends.publisher,
+            sink: ends.sink,
+            queue: Queue::new(settings.ordering),
+            policy: Policy::new(settings),
+            batch_rows: settings.batch_size,
+            batch_bytes: settings.max_in_flight_bytes / settings.workers,
+            silences: HashMap::new(),
+            stopping,
+            cut,
+            pulse,
+            metrics,
+        }
+    }
+
+    /// Publishes until the input has ended and every row has an end, or until no answer can be
+    /// waited for any longer.
+    pub async fn run(mut self) {
+        let cut = self.cut.clone();
+        let left = cut.run_until_cancelled(self.work()).await;
+        if left.is_none() {
+            tracing::warn!("grace period over: unanswered messages are left for the next start");
+        }
+    }
+
+    async fn work(&mut self) {
+        let mut outages = OUTAGE_BACKOFF.delays();
+        while self.fill().await {
+            if !self.sink_is_ready().await {
+                return;
+            }
+            let batch = self.queue.next_batch(self.batch_rows, self.batch_bytes);
+            let progress = self.publish(batch).await;
+            if progress {
+                outages = OUTAGE_BACKOFF.delays();
+            } else if let Some(pause) = outages.next() {
+                // The sink calls itself ready and sends nothing: do not spin.
+                self.pulse.beat_during(tokio::time::sleep(pause)).await;
+            }
+        }
+    }
+
+    /// Takes in what has come; waits if there is nothing to do. False when the input has ended and
+    /// nothing is left.
+    async fn fill(&mut self) -> bool {
+        loop {
+            while let Ok(work) = self.input.try_recv() {
+                self.accept(work).await;
+            }
+            if !self.queue.is_empty() {
+                return true;
+            }
+            match self.pulse.beat_during(self.input.recv()).await {
+                Some(work) => self.accept(work).await,
+                None => return false,
+            }
+        }
+    }
+
+    async fn accept(&mut self, work: Work) {
+        match work {
+            Work::Resume(key) => self.queue.resume(&key),
+            Work::Publish(row) if self.is_silent(&row.route) => self.accept_for_silent_route(row).await,
+            Work::Publish(row) => {
+                if let Some(row) = self.queue.push(row.into()) {
+                    self.release(vec![row]).await;
+                }
+            }
+        }
+    }
+
+    fn is_silent(&self, route: &Route) -> bool {
+        !self.silences.is_empty()
+            && self.silences.get(route).is_some_and(|count| *count >= SILENCES_BLAME_ROUTE)
+    }
+
+    /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
+    /// one that has waited is a probe, and goes alone.
+    async fn accept_for_silent_route(&mut self, row: Row) {
+        if row.attempts == 0 {
+            let reason = "not sent: this route has given no confirms lately";
+            return self.wait(row, Refusal::new(Fault::Silence, reason)).await;
+        }
+        let probe = Queued { row, alone: true, strikes: 0 };
+        if let Some(row) = self.queue.push(probe) {
+            self.release(vec![row]).await;
+        }
+    }
+
+    /// Waits until messages can be sent. False: the relay is stopping and the broker is away, so the
+    /// rows stay pending.
+    async fn sink_is_ready(&mut self) -> bool {
+        let ready = async {
+            let seen = self.sink.wait_for(SinkState::is_ready).await;
+            seen.is_ok()
+        };
+        let stop_while_away = self.stopping.cancelled();
+        self.pulse
+            .beat_during(async {
+                tokio::select! {
+                    biased;
+                    // 1. Ready wins, so that a stop still sends what is queued.
+                    ready = ready => ready,
+                    // 2. Nobody waits for a broker that is away in order to stop.
+                    () = stop_while_away => false,
+                }
+            })
+            .await
+    }
+
+    /// Sends one batch; true if any row has come to an end.
+    async fn publish(&mut self, batch: Vec<Queued>) -> bool {
+        let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
+            batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
+        let sent_at = Instant::now();
+        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows)).await;
+        self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
+        self.count_silences(&rows, &verdicts);
+        let alone = rows.len() == 1;
+        let mut again = Vec::new();
+        let mut progress = false;
+        for ((row, verdict), (was_alone, strikes)) in rows.into_iter().zip(verdicts).zip(memory) {
+            let queued = Queued { row, alone: was_alone, strikes };
+            match self.apply(queued, verdict, alone).await {
+                Some(queued) => again.push(queued),
+                None => progress = true,
+            }
+        }
+        let given_back = self.queue.put_back(again);
+        self.release(given_back).await;
+        progress
+    }
+
+    /// Acts on one verdict. Returns the row if it is to be sent again.
+    async fn apply(&mut self, mut queued: Queued, verdict: Verdict, alone: bool) -> Option<Queued> {
+        let Err(refusal) = verdict else {
+            self.delivered(queued.row).await;
+            return None;
+        };
+        self.count(refusal.fault);
+        let history = History {
+            attempts: queued.row.attempts,
+            silences: self.silences.get(&queued.row.route).copied().unwrap_or(0),
+            strikes: queued.strikes + u32::from(alone),
+        };
+        match self.policy.decide(refusal.fault, history) {
+            Decision::Resend => return Some(queued),
+            Decision::ResendAlone => {
+                queued.alone = true;
+                queued.strikes = history.strikes;
+                return Some(queued);
+            }
+            Decision::Accept => self.delivered(queued.row).await,
+            Decision::Wait => self.wait(queued.row, refusal).await,
+            Decision::Dead => self.dead(queued.row, refusal).await,
+        }
+        None
+    }
+
+    async fn delivered(&mut self, row: Row) {
+        if !self.silences.is_empty() {
+            self.silences.remove(&row.route);
+        }
+        self.end(row.id, End::Delivered { created_at_micros: row.created_at_micros }).await;
+    }
+
+    async fn wait(&mut self, row: Row, refusal: Refusal) {
+        let attempts = row.attempts.saturating_add(1);
+        let followers = row.ordering_key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
+        let end = End::Wait {
+            key: row.ordering_key,
+            route: row.route,
+            fault: refusal.fault,
+            attempts,
+            wait: self.policy.wait(attempts),
+            reason: refusal.reason,
+        };
+        self.end(row.id, end).await;
+        self.release(followers).await;
+    }
+
+    async fn dead(&mut self, row: Row, refusal: Refusal) {
+        let attempts = row.attempts.saturating_add(1);
+        tracing::warn!(
+            id = row.id,
+            message_id = %row.message_id,
+            attempts,
+            reason = refusal.reason,
+            "row is dead: it can not be delivered"
+        );
+        self.end(row.id, End::Dead { attempts, reason: refusal.reason }).await;
+    }
+
+    async fn release(&mut self, rows: Vec<Row>) {
+        for row in rows {
+            self.end(row.id, End::Released).await;
+        }
+    }
+
+    /// Never waits: the channel has room for every row in flight. Fails only after settle is gone,
+    /// which supervision has noticed already.
+    async fn end(&mut self, id: i64, end: End) {
+        let _ = self.output.send(Outcome { id, end }).await;
+    }
+
+    /// Counts confirm time-outs, once per batch and route.
+    fn count_silences(&mut self, rows: &[Row], verdicts: &[Verdict]) {
+        let silent = |verdict: &Verdict| matches!(verdict, Err(refusal) if refusal.fault == Fault::Silence);
+        let silent = rows.iter().zip(verdicts).filter(|(_, verdict)| silent(verdict));
+        let routes: HashSet<&Arc<Route>> = silent.map(|(row, _)| &row.route).collect();
+        for route in routes {
+            if self.silences.len() < SILENT_ROUTES_MAX {
+                *self.silences.entry(Arc::clone(route)).or_default() += 1;
+            }
+        }
+    }
+
+    fn count(&self, fault: Fault) {
+        match fault {
+            Fault::Unknown | Fault::Silence | Fault::Suspect => self.metrics.possible_duplicates.inc(),
+            Fault::Unroutable => self.metrics.returned.inc(),
+            Fault::Destination | Fault::Message | Fault::Hopeless => self.metrics.refused.inc(),
+            Fault::Outage => return,
+        };
+    }
+}

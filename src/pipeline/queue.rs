@@ -1,0 +1,350 @@
+//! A worker's rows: a queue per key, a queue for rows without a key, and how batches are made of them.
+//!
+//! Under strict ordering a batch holds at most one row of a key, under pipelined ordering as many as
+//! come, in order. A key that is held gives back every row that arrives for it.
+
+use crate::config::Ordering;
+use crate::store::Row;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// A row with what its worker remembers about it.
+#[derive(Debug)]
+pub struct Queued {
+    /// The row.
+    pub row: Row,
+    /// To be published in a batch of its own.
+    pub alone: bool,
+    /// Times it was alone on a channel that closed.
+    pub strikes: u32,
+}
+
+impl From<Row> for Queued {
+    fn from(row: Row) -> Self {
+        Self { row, alone: false, strikes: 0 }
+    }
+}
+
+/// Rows waiting to be published by one worker.
+#[derive(Debug)]
+pub struct Queue {
+    ordering: Ordering,
+    /// Rows of each key, in order. A key is present only while it has rows.
+    keyed: HashMap<Arc<str>, VecDeque<Queued>>,
+    /// Keys that have rows, in the order of their turn.
+    turns: VecDeque<Arc<str>>,
+    unkeyed: VecDeque<Queued>,
+    /// Keys with refused rows whose wait is not committed yet, and how many.
+    held: HashMap<Arc<str>, u32>,
+    rows: usize,
+    /// Whose turn it is to begin a batch, so that neither keyed nor unkeyed rows starve.
+    unkeyed_first: bool,
+}
+
+/// The key that orders this row, if keys order anything.
+fn key_of(ordering: Ordering, row: &Row) -> Option<&Arc<str>> {
+    row.ordering_key.as_ref().filter(|_| ordering != Ordering::None)
+}
+
+impl Queue {
+    /// An empty queue.
+    pub fn new(ordering: Ordering) -> Self {
+        Self {
+            ordering,
+            keyed: HashMap::new(),
+            turns: VecDeque::new(),
+            unkeyed: VecDeque::new(),
+            held: HashMap::new(),
+            rows: 0,
+            unkeyed_first: false,
+        }
+    }
+
+    /// Rows waiting.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// No row is waiting.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// Appends a row, or gives it back because its key is held.
+    #[must_use]
+    pub fn push(&mut self, queued: Queued) -> Option<Row> {
+        let Some(key) = key_of(self.ordering, &queued.row).cloned() else {
+            self.unkeyed.push_back(queued);
+            self.rows += 1;
+            return None;
+        };
+        if self.held.contains_key(&key) {
+            return Some(queued.row);
+        }
+        self.key_queue(key).push_back(queued);
+        self.rows += 1;
+        None
+    }
+
+    /// Puts rows back in front, as they were taken: they are sent again before anything newer. Rows of a
+    /// key that was held meanwhile are given back.
+    pub fn put_back(&mut self, rows: Vec<Queued>) -> Vec<Row> {
+        let mut given_back = Vec::new();
+        for queued in rows.into_iter().rev() {
+            let Some(key) = key_of(self.ordering, &queued.row).cloned() else {
+                self.unkeyed.push_front(queued);
+                self.rows += 1;
+                continue;
+            };
+            if self.held.contains_key(&key) {
+                given_back.push(queued.row);
+            } else {
+                self.key_queue(key).push_front(queued);
+                self.rows += 1;
+            }
+        }
+        given_back
+    }
+
+    /// A row of this key was refused: holds the key and gives back its rows.
+    pub fn hold(&mut self, key: &Arc<str>) -> Vec<Row> {
+        if self.ordering == Ordering::None {
+            return Vec::new();
+        }
+        *self.held.entry(Arc::clone(key)).or_default() += 1;
+        let rows = self.keyed.remove(key).unwrap_or_default();
+        if !rows.is_empty() {
+            self.turns.retain(|turn| turn != key);
+            self.rows -= rows.len();
+        }
+        rows.into_iter().map(|queued| queued.row).collect()
+    }
+
+    /// One refused row of this key is in the table.
+    pub fn resume(&mut self, key: &Arc<str>) {
+        if let Some(count) = self.held.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                self.held.remove(key);
+            }
+        }
+    }
+
+    /// Takes the next batch: rows of many keys in turn and rows without a key, until `max_rows` or
+    /// `max_bytes` (the first row always fits). A row that has to be alone makes a batch of one.
+    pub fn next_batch(&mut self, max_rows: usize, max_bytes: usize) -> Vec<Queued> {
+        let mut batch = Batch { rows: Vec::new(), bytes: 0, max_rows, max_bytes };
+        if self.unkeyed_first {
+            batch.take_from(&mut self.unkeyed, usize::MAX);
+            self.take_keyed(&mut batch);
+        } else {
+            self.take_keyed(&mut batch);
+            batch.take_from(&mut self.unkeyed, usize::MAX);
+        }
+        self.unkeyed_first = !self.unkeyed_first;
+        self.rows -= batch.rows.len();
+        batch.rows
+    }
+
+    /// Each key has at most one turn per batch; what is left of it queues up behind the others.
+    fn take_keyed(&mut self, batch: &mut Batch) {
+        let share = if self.ordering == Ordering::Strict { 1 } else { usize::MAX };
+        for _ in 0..self.turns.len() {
+            let Some(key) = self.turns.pop_front() else { break };
+            let Some(rows) = self.keyed.get_mut(&key) else { continue };
+            let had_room = batch.take_from(rows, share);
+            if rows.is_empty() {
+                self.keyed.remove(&key);
+            } else if had_room {
+                self.turns.push_back(key);
+            } else {
+                self.turns.push_front(key);
+                break;
+            }
+        }
+    }
+
+    fn key_queue(&mut self, key: Arc<str>) -> &mut VecDeque<Queued> {
+        self.keyed.entry(key).or_insert_with_key(|key| {
+            self.turns.push_back(Arc::clone(key));
+            VecDeque::new()
+        })
+    }
+}
+
+struct Batch {
+    rows: Vec<Queued>,
+    bytes: usize,
+    max_rows: usize,
+    max_bytes: usize,
+}
+
+impl Batch {
+    fn is_full(&self) -> bool {
+        self.rows.len() >= self.max_rows || self.rows.last().is_some_and(|queued| queued.alone)
+    }
+
+    /// Moves at most `share` rows over from the front; false if the batch had no room for the next one.
+    fn take_from(&mut self, rows: &mut VecDeque<Queued>, share: usize) -> bool {
+        for _ in 0..share {
+            let Some(next) = rows.front() else { return true };
+            let bytes = self.bytes + next.row.bytes();
+            let first = self.rows.is_empty();
+            if self.is_full() || (!first && (bytes > self.max_bytes || next.alone)) {
+                return false;
+            }
+            self.bytes = bytes;
+            self.rows.extend(rows.pop_front());
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Route;
+    use proptest::prelude::*;
+
+    fn row(id: i64, key: Option<&str>) -> Row {
+        Row {
+            id,
+            message_id: uuid::Uuid::from_u128(id as u128),
+            route: Arc::new(Route { exchange: String::new(), routing_key: "q".to_owned() }),
+            ordering_key: key.map(Into::into),
+            payload: bytes::Bytes::from_static(b"x"),
+            content_type: String::new(),
+            headers: "{}".to_owned(),
+            created_at_micros: 0,
+            attempts: 0,
+            defect: None,
+        }
+    }
+
+    fn ids(batch: &[Queued]) -> Vec<i64> {
+        batch.iter().map(|queued| queued.row.id).collect()
+    }
+
+    fn filled(ordering: Ordering, rows: &[(i64, Option<&str>)]) -> Queue {
+        let mut queue = Queue::new(ordering);
+        for (id, key) in rows {
+            assert!(queue.push(row(*id, *key).into()).is_none());
+        }
+        queue
+    }
+
+    const ROWS: [(i64, Option<&str>); 5] =
+        [(1, Some("a")), (2, Some("a")), (3, None), (4, Some("b")), (5, None)];
+
+    #[test]
+    fn strict_takes_one_row_of_each_key() {
+        let mut queue = filled(Ordering::Strict, &ROWS);
+        assert_eq!(ids(&queue.next_batch(10, 1 << 20)), [1, 4, 3, 5]);
+        assert_eq!(ids(&queue.next_batch(10, 1 << 20)), [2]);
+        assert!(queue.is_empty());
+    }
+
+    #[test]
+    fn pipelined_takes_a_key_in_order() {
+        assert_eq!(ids(&filled(Ordering::Pipelined, &ROWS).next_batch(10, 1 << 20)), [1, 2, 4, 3, 5]);
+    }
+
+    #[test]
+    fn none_ignores_keys() {
+        assert_eq!(ids(&filled(Ordering::None, &ROWS).next_batch(10, 1 << 20)), [1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_held_key_gives_back_its_rows_until_it_is_resumed() {
+        let mut queue = filled(Ordering::Strict, &ROWS);
+        let refused = queue.next_batch(1, 1 << 20).remove(0);
+        let key = refused.row.ordering_key.expect("keyed");
+        assert_eq!(queue.hold(&key).iter().map(|row| row.id).collect::<Vec<_>>(), [2]);
+        assert!(queue.push(row(6, Some("a")).into()).is_some());
+        assert!(queue.push(row(7, Some("b")).into()).is_none());
+        queue.resume(&key);
+        assert!(queue.push(row(8, Some("a")).into()).is_none());
+        assert_eq!(queue.len(), 5);
+    }
+
+    #[test]
+    fn a_row_that_must_be_alone_is_alone() {
+        let mut queue = filled(Ordering::Strict, &ROWS);
+        let mut batch = queue.next_batch(10, 1 << 20);
+        batch.iter_mut().for_each(|queued| queued.alone = true);
+        assert!(queue.put_back(batch).is_empty());
+        while !queue.is_empty() {
+            let batch = queue.next_batch(10, 1 << 20);
+            assert!(batch.len() == 1 || batch.iter().all(|queued| !queued.alone), "{:?}", ids(&batch));
+        }
+    }
+
+    #[test]
+    fn a_batch_is_bounded_in_bytes_but_never_empty() {
+        let mut queue = filled(Ordering::None, &ROWS);
+        let one = row(1, Some("a")).bytes();
+        assert_eq!(queue.next_batch(10, 2 * one).len(), 2);
+        assert_eq!(queue.next_batch(10, 1).len(), 1);
+    }
+
+    proptest! {
+        /// Whatever is taken, put back, held and resumed: rows of a key leave in order, and no row is lost.
+        #[test]
+        fn key_order_survives_everything(
+            keys in prop::collection::vec(prop::option::of(0u8..4), 1..60),
+            choices in prop::collection::vec((1usize..7, 0u8..4), 0..80),
+            pipelined in any::<bool>(),
+        ) {
+            let ordering = if pipelined { Ordering::Pipelined } else { Ordering::Strict };
+            let mut queue = Queue::new(ordering);
+            let names = ["a", "b", "c", "d"];
+            for (id, key) in keys.iter().enumerate() {
+                let key = key.map(|key| names[key as usize]);
+                prop_assert!(queue.push(row(id as i64, key).into()).is_none());
+            }
+            let (mut sent, mut released) = (Vec::new(), Vec::new());
+            for (size, choice) in choices {
+                let mut batch = queue.next_batch(size, 1 << 20);
+                if ordering == Ordering::Strict {
+                    let mut seen = std::collections::HashSet::new();
+                    let keyed = batch.iter().filter_map(|queued| queued.row.ordering_key.clone());
+                    prop_assert!(keyed.into_iter().all(|key| seen.insert(key)));
+                }
+                match choice {
+                    // All confirmed.
+                    0 | 1 => sent.extend(batch),
+                    // The connection was lost: all go back.
+                    2 => prop_assert!(queue.put_back(batch).is_empty()),
+                    // The first was refused, the others of its key come back, the rest is confirmed.
+                    _ if !batch.is_empty() => {
+                        let refused = batch.remove(0);
+                        released.push(refused.row.id);
+                        if let Some(key) = refused.row.ordering_key.clone() {
+                            released.extend(queue.hold(&key).iter().map(|row| row.id));
+                            let (same, other): (Vec<_>, Vec<_>) =
+                                batch.into_iter().partition(|queued| queued.row.ordering_key.as_ref() == Some(&key));
+                            released.extend(queue.put_back(same).iter().map(|row| row.id));
+                            sent.extend(other);
+                            queue.resume(&key);
+                        } else {
+                            sent.extend(batch);
+                        }
+                    }
+                    _ => {}
+                }
+            }
+            while !queue.is_empty() {
+                sent.extend(queue.next_batch(5, 1 << 20));
+            }
+            for name in names {
+                let of_key: Vec<i64> = sent.iter()
+                    .filter(|queued| queued.row.ordering_key.as_deref() == Some(name))
+                    .map(|queued| queued.row.id).collect();
+                prop_assert!(of_key.windows(2).all(|pair| pair[0] < pair[1]), "{}: {:?}", name, of_key);
+            }
+            let mut all: Vec<i64> = sent.iter().map(|queued| queued.row.id).chain(released).collect();
+            all.sort_unstable();
+            prop_assert_eq!(all, (0..keys.len() as i64).collect::<Vec<_>>());
+        }
+    }
+}

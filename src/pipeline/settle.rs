@@ -1,0 +1,185 @@
+//! The marking stage: gathers outcomes and commits them, each kind with one statement.
+//!
+//! Never cancelled: it ends when its input has ended and the last outcome is written. While the
+//! database is away it keeps what it has and tries on; its input fills up, places stay taken, and the
+//! stages before it wait. That is the back-pressure.
+//!
+//! A crash here costs the outcomes not yet committed: those rows are delivered once more.
+
+use super::{End, Fate, Outcome, Settled};
+use crate::retry::Delays;
+use crate::store::{Dead, Settlement, Store, StoreError, Trouble, Waiting};
+use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Outcomes written with one statement at most: enough to make a round trip cheap, little enough
+/// to keep the transaction within milliseconds.
+const GATHER_ROWS: usize = 2000;
+/// How long the first outcome waits for company. Marks follow confirms within this time, which bounds
+/// the duplicates of a crash; longer gathers save commits.
+const GATHER_TIME: Duration = Duration::from_millis(10);
+
+/// How long the last write may take after the end of the grace period.
+const LAST_WRITE: Duration = Duration::from_secs(1);
+
+/// The stage.
+pub struct Settle<S> {
+    input: mpsc::Receiver<Outcome>,
+    output: mpsc::Sender<Settled>,
+    store: Arc<S>,
+    /// The grace period is over: a database that is away is waited for no longer.
+    cut: CancellationToken,
+    board: Arc<Board>,
+    pulse: Pulse,
+    metrics: Arc<Metrics>,
+}
+
+/// What settle could not write before it had to go.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the database was away until the end of the grace period: {rows} confirmed rows are not marked and will be sent again ({reason})"
+)]
+pub struct Unwritten {
+    /// Rows confirmed by the broker and not marked.
+    pub rows: usize,
+    /// Why.
+    pub reason: String,
+}
+
+impl<S: Store> Settle<S> {
+    /// A stage that ends when its input ends.
+    pub fn new(
+        input: mpsc::Receiver<Outcome>,
+        output: mpsc::Sender<Settled>,
+        store: Arc<S>,
+        cut: CancellationToken,
+        board: Arc<Board>,
+        pulse: Pulse,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { input, output, store, cut, board, pulse, metrics }
+    }
+
+    /// Writes outcomes until there are no more.
+    pub async fn run(mut self) -> Result<(), Unwritten> {
+        while let Some(outcomes) = self.gather().await {
+            let settlement = settlement(&outcomes);
+            if let Err(error) = self.write(&settlement).await {
+                return self.give_up(settlement.delivered.len(), error);
+            }
+            self.report(outcomes).await;
+        }
+        Ok(())
+    }
+
+    /// Waits for an outcome, then a little longer for more. `None` when the input has ended.
+    async fn gather(&mut self) -> Option<Vec<Outcome>> {
+        let mut outcomes = vec![self.pulse.beat_during(self.input.recv()).await?];
+        let deadline = tokio::time::Instant::now() + GATHER_TIME;
+        while outcomes.len() < GATHER_ROWS {
+            let room = GATHER_ROWS - outcomes.len();
+            match tokio::time::timeout_at(deadline, self.input.recv_many(&mut outcomes, room)).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        Some(outcomes)
+    }
+
+    /// Tells how many confirmed rows stay unmarked; none is no failure.
+    fn give_up(&mut self, mut rows: usize, error: StoreError) -> Result<(), Unwritten> {
+        while let Ok(outcome) = self.input.try_recv() {
+            rows += usize::from(matches!(outcome.end, End::Delivered { .. }));
+        }
+        if rows == 0 { Ok(()) } else { Err(Unwritten { rows, reason: error.sentence }) }
+    }
+
+    /// Writes, for as long as it takes. Gives up only when the grace period is over.
+    async fn write(&self, settlement: &Settlement) -> Result<(), StoreError> {
+        if settlement.is_empty() {
+            return Ok(());
+        }
+        let mut delays = Delays::default();
+        loop {
+            let started = Instant::now();
+            let error = match self.pulse.beat_during(self.try_to_write(settlement)).await {
+                Ok(()) => {
+                    self.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
+                    self.board.database_up(DatabaseUser::Settle);
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            self.board.database_down(DatabaseUser::Settle, &error);
+            let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
+            if self.cut.run_until_cancelled(pause).await.is_none() {
+                return Err(error);
+            }
+        }
+    }
+
+    /// One try. After the grace period it has a moment left, so that a database that answers still gets
+    /// what was confirmed; abandoned, its outcome is unknown, which is safe: marks may be written twice.
+    async fn try_to_write(&self, settlement: &Settlement) -> Result<(), StoreError> {
+        let out_of_time = async {
+            self.cut.cancelled().await;
+            tokio::time::sleep(LAST_WRITE).await;
+        };
+        tokio::select! {
+            biased;
+            // 1. The answer.
+            result = self.store.settle(settlement) => result,
+            // 2. No time left to wait for it.
+            () = out_of_time => Err(StoreError {
+                trouble: Trouble::Outage,
+                sentence: "no answer from the database in time".to_owned(),
+            }),
+        }
+    }
+
+    /// Counts what was committed and frees the places.
+    async fn report(&self, outcomes: Vec<Outcome>) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        for Outcome { id, end } in outcomes {
+            let fate = match end {
+                End::Delivered { created_at_micros } => {
+                    self.metrics.delivered.inc();
+                    let age = now.as_secs_f64() - created_at_micros as f64 / 1e6;
+                    self.metrics.end_to_end_seconds.observe(age.max(0.0));
+                    Fate::Delivered
+                }
+                End::Dead { .. } => {
+                    self.metrics.dead.inc();
+                    Fate::Dead
+                }
+                End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
+                End::Released => Fate::Released,
+            };
+            // Fails only when poll has ended, which on a stop is as it should be.
+            let _ = self.output.send(Settled { id, fate }).await;
+        }
+    }
+}
+
+fn settlement(outcomes: &[Outcome]) -> Settlement {
+    let mut settlement = Settlement::default();
+    for Outcome { id, end } in outcomes {
+        match end {
+            End::Delivered { .. } => settlement.delivered.push(*id),
+            End::Dead { attempts, reason } => {
+                settlement.dead.push(Dead { id: *id, attempts: *attempts, reason: reason.clone() });
+            }
+            End::Wait { attempts, wait, reason, .. } => settlement.waiting.push(Waiting {
+                id: *id,
+                attempts: *attempts,
+                wait: *wait,
+                reason: reason.clone(),
+            }),
+            End::Released => {}
+        }
+    }
+    settlement
+}

@@ -1,0 +1,206 @@
+//! The assembly: opens channels, spawns stages, watches over them, stops them in order.
+//!
+//! Stopping has two steps. The signal ends `poll` alone; workers end because their input ends, settle
+//! because theirs does. When the grace period is over, waiting for the broker or the database is cut
+//! short; what was confirmed by then is still written if the database can be reached.
+
+use crate::config::Settings;
+use crate::housekeeping;
+use crate::http;
+use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle::Unwritten};
+use crate::sink::Sink;
+use crate::store::Store;
+use crate::telemetry::{Board, Metrics, Pulses};
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+/// Why a relay ended other than by a clean stop.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// A stage panicked or ended by itself: a defect of the relay.
+    #[error("the {0} stage failed: {1}")]
+    Stage(&'static str, String),
+    /// The stop came to its end with confirmed rows unmarked.
+    #[error(transparent)]
+    Unwritten(#[from] Unwritten),
+}
+
+/// A relay between a store and a sink.
+#[derive(Debug)]
+pub struct Relay<S, K> {
+    settings: Arc<Settings>,
+    store: Arc<S>,
+    sink: Arc<K>,
+    metrics: Arc<Metrics>,
+    board: Arc<Board>,
+    pulses: Pulses,
+}
+
+/// What a stage task answers with.
+type Ended = (&'static str, Result<(), Unwritten>);
+
+impl<S: Store, K: Sink> Relay<S, K> {
+    /// Puts a relay together; nothing runs yet.
+    pub fn new(settings: Settings, store: S, sink: K, metrics: Arc<Metrics>) -> Self {
+        let board = Arc::new(Board::new(Arc::clone(&metrics)));
+        metrics.owned_shards.set(settings.shards as i64);
+        Self {
+            settings: Arc::new(settings),
+            store: Arc::new(store),
+            sink: Arc::new(sink),
+            metrics,
+            board,
+            pulses: Pulses::default(),
+        }
+    }
+
+    /// Runs until `stop` is cancelled and everything in flight is settled.
+    pub async fn run(self, listener: TcpListener, stop: CancellationToken) -> Result<(), RelayError> {
+        let (stopping, cut, aside) = (stop.child_token(), CancellationToken::new(), CancellationToken::new());
+        let mut beside = self.start_beside(listener, &aside);
+        let mut stages = self.start_pipeline(&stopping, &cut);
+
+        let failure = tokio::select! {
+            biased;
+            // 1. The stop; first, because stages may have ended because of it.
+            () = stopping.cancelled() => None,
+            // 2. A stage that ends before the stop has failed.
+            ended = stages.join_next() => ended.and_then(|ended| failure_of(ended, true)),
+            // 3. The same for what runs beside.
+            ended = beside.join_next() => ended.and_then(|ended| failure_of(ended.map(|()| ("housekeeping or HTTP", Ok(()))), true)),
+        };
+        self.board.set_stopping();
+        stopping.cancel();
+        let failure = self.drain(&mut stages, failure, &cut).await;
+
+        aside.cancel();
+        self.sink.close().await;
+        while beside.join_next().await.is_some() {}
+        match failure {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for the stages to end one after the other, at most for the grace period and then a moment.
+    async fn drain(
+        &self,
+        stages: &mut JoinSet<Ended>,
+        mut failure: Option<RelayError>,
+        cut: &CancellationToken,
+    ) -> Option<RelayError> {
+        let in_flight = self.metrics.in_flight.get();
+        tracing::info!(in_flight, grace_seconds = self.settings.shutdown_grace.as_secs_f64(), "stopping");
+        let grace = tokio::time::sleep(self.settings.shutdown_grace);
+        tokio::pin!(grace);
+        loop {
+            tokio::select! {
+                biased;
+                // 1. Stages that end.
+                ended = stages.join_next() => match ended {
+                    Some(ended) => failure = failure.or(failure_of(ended, false)),
+                    None => break,
+                },
+                // 2. No more patience.
+                () = &mut grace, if !cut.is_cancelled() => cut.cancel(),
+            }
+        }
+        if failure.is_none() {
+            tracing::info!("stopped; everything confirmed is marked");
+        }
+        failure
+    }
+
+    fn start_pipeline(&self, stopping: &CancellationToken, cut: &CancellationToken) -> JoinSet<Ended> {
+        // Room for every row in flight, and for every key that is resumed: no send ever waits.
+        let places = self.settings.max_in_flight * 2;
+        let (outcomes, outcomes_in) = mpsc::channel(places);
+        let (settled, settled_in) = mpsc::channel(places);
+        let mut stages = JoinSet::new();
+        let mut workers = Vec::new();
+        for _ in 0..self.settings.workers {
+            let (work, work_in) = mpsc::channel(places);
+            workers.push(work);
+            let ends = publish::Ends {
+                input: work_in,
+                output: outcomes.clone(),
+                publisher: self.sink.publisher(),
+                sink: self.sink.state(),
+            };
+            let pulse = self.pulses.start("publish");
+            let metrics = Arc::clone(&self.metrics);
+            let worker = Worker::new(ends, &self.settings, stopping.clone(), cut.clone(), pulse, metrics);
+            stages.spawn(async { (worker.run().await, ("publish", Ok(()))).1 });
+        }
+        drop(outcomes);
+        let settle = Settle::new(
+            outcomes_in,
+            settled,
+            Arc::clone(&self.store),
+            cut.clone(),
+            Arc::clone(&self.board),
+            self.pulses.start("settle"),
+            Arc::clone(&self.metrics),
+        );
+        stages.spawn(async { ("settle", settle.run().await) });
+        let ends = poll::Ends {
+            store: Arc::clone(&self.store),
+            workers,
+            settled: settled_in,
+            sink: self.sink.state(),
+        };
+        let poll = Poll::new(
+            ends,
+            &self.settings,
+            stopping.clone(),
+            Arc::clone(&self.board),
+            self.pulses.start("poll"),
+            Arc::clone(&self.metrics),
+        );
+        stages.spawn(async { (poll.run().await, ("poll", Ok(()))).1 });
+        stages
+    }
+
+    /// Counting, retention and HTTP go on while the pipeline drains.
+    fn start_beside(&self, listener: TcpListener, stop: &CancellationToken) -> JoinSet<()> {
+        let mut beside = JoinSet::new();
+        let (store, metrics) = (&self.store, &self.metrics);
+        beside.spawn(housekeeping::census(
+            Arc::clone(store),
+            Arc::clone(&self.board),
+            Arc::clone(metrics),
+            self.pulses.start("census"),
+            stop.clone(),
+        ));
+        let (retention, pulse) = (self.settings.retention, self.pulses.start("purge"));
+        beside.spawn(housekeeping::purge(
+            Arc::clone(store),
+            retention,
+            Arc::clone(metrics),
+            pulse,
+            stop.clone(),
+        ));
+        let view = http::View {
+            board: Arc::clone(&self.board),
+            metrics: Arc::clone(metrics),
+            pulses: self.pulses.clone(),
+            sink: self.sink.state(),
+            shards: self.settings.shards,
+        };
+        beside.spawn(http::serve(listener, view, stop.clone()));
+        beside
+    }
+}
+
+/// What the end of a stage means. Before the stop, any end is a failure.
+fn failure_of(ended: Result<Ended, JoinError>, unexpected: bool) -> Option<RelayError> {
+    match ended {
+        Ok((_, Err(unwritten))) => Some(unwritten.into()),
+        Ok((stage, Ok(()))) if unexpected => Some(RelayError::Stage(stage, "it ended by itself".to_owned())),
+        Ok(_) => None,
+        Err(panic) => Some(RelayError::Stage("pipeline", panic.to_string())),
+    }
+}

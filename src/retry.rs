@@ -1,0 +1,207 @@
+//! Every failure's consequence, in one `match`; and how long waits are.
+//!
+//! The table behind it is `docs/ARCHITECTURE.md`, "Failures".
+
+use crate::config::{Settings, Unroutable};
+use crate::sink::Fault;
+use crate::store::{StoreError, Trouble};
+use backon::{BackoffBuilder, ExponentialBuilder};
+use std::time::Duration;
+
+/// Confirm time-outs in a row on one route before the route itself is blamed.
+pub const SILENCES_BLAME_ROUTE: u32 = 3;
+/// Times a message may be the only one on a channel that closes before it is blamed. More than
+/// one, because a connection that breaks hits the innocent too.
+pub const STRIKES_BLAME_MESSAGE: u32 = 3;
+
+/// What the relay does with a row that was not delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Keep it in memory and send it again, in order; no attempt is counted.
+    Resend,
+    /// The same, but in a batch of its own, to find a culprit.
+    ResendAlone,
+    /// Count an attempt and let it wait in the table.
+    Wait,
+    /// Set it aside.
+    Dead,
+    /// Count it as delivered.
+    Accept,
+}
+
+/// What is decided by settings.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// What becomes of a message no queue takes.
+    pub unroutable: Unroutable,
+    /// Attempts a message gets when its own content is refused.
+    pub max_attempts: u32,
+    /// First wait.
+    pub retry_min: Duration,
+    /// Longest wait.
+    pub retry_max: Duration,
+}
+
+/// What is known about a row besides the fault.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct History {
+    /// Attempts counted before this one.
+    pub attempts: u32,
+    /// Confirm time-outs in a row on its route, this one included.
+    pub silences: u32,
+    /// Times it was alone on a channel that closed, this one included.
+    pub strikes: u32,
+}
+
+impl Policy {
+    /// The policy in the settings.
+    pub fn new(settings: &Settings) -> Self {
+        Self {
+            unroutable: settings.unroutable,
+            max_attempts: settings.max_attempts,
+            retry_min: settings.retry_min,
+            retry_max: settings.retry_max,
+        }
+    }
+
+    /// The one decision about a failed publish.
+    pub fn decide(&self, fault: Fault, history: History) -> Decision {
+        match fault {
+            Fault::Outage | Fault::Unknown => Decision::Resend,
+            Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,
+            Fault::Suspect => Decision::ResendAlone,
+            Fault::Unroutable => match self.unroutable {
+                Unroutable::Wait => Decision::Wait,
+                Unroutable::Dead => Decision::Dead,
+                Unroutable::Accept => Decision::Accept,
+            },
+            Fault::Silence | Fault::Destination => Decision::Wait,
+            Fault::Message if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
+            Fault::Message if history.attempts + 1 < self.max_attempts => Decision::Wait,
+            Fault::Message | Fault::Hopeless => Decision::Dead,
+        }
+    }
+
+    /// How long a row waits after this many attempts: doubling, with jitter, never above the maximum.
+    pub fn wait(&self, attempts: u32) -> Duration {
+        let backoff = Backoff { min: self.retry_min, max: self.retry_max };
+        let nth = attempts.saturating_sub(1).min(64) as usize;
+        backoff.delays().nth(nth).unwrap_or(self.retry_max)
+    }
+}
+
+/// Bounds of an exponential back-off with jitter.
+#[derive(Debug, Clone, Copy)]
+pub struct Backoff {
+    /// First delay.
+    pub min: Duration,
+    /// Longest delay.
+    pub max: Duration,
+}
+
+/// Reconnects after an outage: quick at first, since most are a restart.
+pub const OUTAGE_BACKOFF: Backoff = Backoff { min: Duration::from_millis(50), max: Duration::from_secs(15) };
+/// Tries after a refused login, a missing schema: somebody has to act first.
+pub const CONFIGURATION_BACKOFF: Backoff =
+    Backoff { min: Duration::from_secs(1), max: Duration::from_secs(15) };
+/// Statements that lost a race.
+pub const CONTENTION_BACKOFF: Backoff =
+    Backoff { min: Duration::from_millis(10), max: Duration::from_secs(1) };
+
+impl Backoff {
+    /// Delays without end. backon's jitter adds up to the delay itself, so it is capped after.
+    pub fn delays(self) -> impl Iterator<Item = Duration> + Send {
+        let builder = ExponentialBuilder::default()
+            .with_min_delay(self.min)
+            .with_max_delay(self.max)
+            .with_factor(2.0)
+            .without_max_times()
+            .with_jitter();
+        builder.build().map(move |delay| delay.min(self.max))
+    }
+}
+
+/// Pauses between tries of a call to the store, by what kind of trouble it is.
+pub struct Delays {
+    trouble: Option<Trouble>,
+    delays: Box<dyn Iterator<Item = Duration> + Send>,
+}
+
+impl Default for Delays {
+    fn default() -> Self {
+        Self { trouble: None, delays: Box::new(std::iter::empty()) }
+    }
+}
+
+impl Delays {
+    /// The pause after this error.
+    pub fn next(&mut self, error: &StoreError) -> Duration {
+        let backoff = match error.trouble {
+            Trouble::Outage => OUTAGE_BACKOFF,
+            Trouble::Contention => CONTENTION_BACKOFF,
+            Trouble::Configuration => CONFIGURATION_BACKOFF,
+        };
+        if self.trouble != Some(error.trouble) {
+            self.trouble = Some(error.trouble);
+            self.delays = Box::new(Backoff::delays(backoff));
+        }
+        self.delays.next().unwrap_or(backoff.max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: Policy = Policy {
+        unroutable: Unroutable::Wait,
+        max_attempts: 3,
+        retry_min: Duration::from_millis(200),
+        retry_max: Duration::from_secs(300),
+    };
+
+    fn after(attempts: u32) -> History {
+        History { attempts, silences: 1, strikes: STRIKES_BLAME_MESSAGE }
+    }
+
+    #[test]
+    fn an_outage_never_costs_an_attempt() {
+        for fault in [Fault::Outage, Fault::Unknown, Fault::Silence] {
+            assert_eq!(POLICY.decide(fault, after(1000)), Decision::Resend, "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn a_destination_is_never_fatal() {
+        let silent = History { silences: SILENCES_BLAME_ROUTE, ..after(1000) };
+        assert_eq!(POLICY.decide(Fault::Destination, after(1000)), Decision::Wait);
+        assert_eq!(POLICY.decide(Fault::Unroutable, after(1000)), Decision::Wait);
+        assert_eq!(POLICY.decide(Fault::Silence, silent), Decision::Wait);
+    }
+
+    #[test]
+    fn a_message_has_bounded_attempts() {
+        assert_eq!(POLICY.decide(Fault::Message, History { strikes: 1, ..after(0) }), Decision::ResendAlone);
+        assert_eq!(POLICY.decide(Fault::Message, after(1)), Decision::Wait);
+        assert_eq!(POLICY.decide(Fault::Message, after(2)), Decision::Dead);
+        assert_eq!(POLICY.decide(Fault::Hopeless, after(0)), Decision::Dead);
+    }
+
+    #[test]
+    fn the_unroutable_setting_decides() {
+        let with = |unroutable| Policy { unroutable, ..POLICY }.decide(Fault::Unroutable, after(0));
+        assert_eq!(with(Unroutable::Wait), Decision::Wait);
+        assert_eq!(with(Unroutable::Dead), Decision::Dead);
+        assert_eq!(with(Unroutable::Accept), Decision::Accept);
+    }
+
+    #[test]
+    fn waits_double_and_stay_within_bounds() {
+        for attempts in 1..=100 {
+            let wait = POLICY.wait(attempts);
+            let doubled = POLICY.retry_min.saturating_mul(1 << (attempts - 1).min(20));
+            assert!(wait >= doubled.min(POLICY.retry_max), "attempt {attempts}: {wait:?}");
+            assert!(wait <= POLICY.retry_max, "attempt {attempts}: {wait:?}");
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! A sink that takes everything and keeps nothing: for benchmarks of all that is not the broker.
+
+use super::{Publisher, Sink, SinkState, Verdict};
+use crate::store::Row;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tokio::sync::watch;
+
+/// Takes every message at once. Clones share the count.
+#[derive(Debug, Clone)]
+pub struct NullSink {
+    taken: Arc<AtomicU64>,
+    state: watch::Sender<SinkState>,
+}
+
+impl Default for NullSink {
+    fn default() -> Self {
+        Self { taken: Arc::default(), state: watch::Sender::new(SinkState::Ready) }
+    }
+}
+
+impl NullSink {
+    /// Messages taken so far.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Relaxed)
+    }
+}
+
+impl Sink for NullSink {
+    type Publisher = Self;
+
+    fn publisher(&self) -> Self {
+        self.clone()
+    }
+
+    fn state(&self) -> watch::Receiver<SinkState> {
+        self.state.subscribe()
+    }
+
+    async fn close(&self) {}
+}
+
+impl Publisher for NullSink {
+    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+        self.taken.fetch_add(batch.len() as u64, Relaxed);
+        vec![Ok(()); batch.len()]
+    }
+}

@@ -1,0 +1,67 @@
+//! RabbitMQ over AMQP 0-9-1, with publisher confirms and `mandatory` always.
+//!
+//! - `link`: the connection: kept up, watched, announced.
+//! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
+//! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
+//! - `message`: a row as an AMQP message.
+//! - `classify`: what the broker's errors mean.
+
+pub mod classify;
+mod exchanges;
+mod link;
+pub mod message;
+mod publisher;
+
+pub use link::{address, connect};
+pub use publisher::RabbitPublisher;
+
+use super::{Sink, SinkState};
+use crate::config::Endpoint;
+use crate::telemetry::Metrics;
+use link::Link;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// A RabbitMQ broker, or a cluster of several addresses.
+#[derive(Debug)]
+pub struct RabbitMq {
+    confirm_timeout: Duration,
+    state: watch::Receiver<SinkState>,
+    connection: watch::Receiver<Option<Arc<lapin::Connection>>>,
+    stop: CancellationToken,
+    link: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl RabbitMq {
+    /// Begins to connect in the background, and goes on for as long as it takes.
+    pub fn connect(endpoint: Endpoint, confirm_timeout: Duration, metrics: Arc<Metrics>) -> Self {
+        let stop = CancellationToken::new();
+        let (link, state, connection) = Link::new(endpoint, metrics, stop.clone());
+        let link = Mutex::new(Some(tokio::spawn(link.run())));
+        Self { confirm_timeout, state, connection, stop, link }
+    }
+}
+
+impl Sink for RabbitMq {
+    type Publisher = RabbitPublisher;
+
+    fn publisher(&self) -> RabbitPublisher {
+        RabbitPublisher::new(self.connection.clone(), self.state.clone(), self.confirm_timeout)
+    }
+
+    fn state(&self) -> watch::Receiver<SinkState> {
+        self.state.clone()
+    }
+
+    async fn close(&self) {
+        self.stop.cancel();
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(link) = link {
+            // The link bounds its own ending; an error here is a panic it has already reported.
+            let _ = link.await;
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! One worker's channel: a batch out, *all* confirms in, and only then the verdicts.
+//!
+//! The barrier is needed because lapin hands a returned message to whichever confirm completes
+//! next. Once every confirm of the channel has completed, every return has been handed out, and
+//! the returned messages are known by their `x-outbox-id`. If the channel broke before that, an ack
+//! may speak of a message whose return was handed to nobody: as soon as one return was seen in a
+//! broken batch, its acks are [`Fault::Unknown`].
+
+use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_limit};
+use super::exchanges::{Access, Exchanges};
+use super::message::{ID_HEADER, Message, compose};
+use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
+use crate::store::Row;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use lapin::message::BasicReturnMessage;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::AMQPValue;
+use lapin::{Channel, Confirmation, Connection};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Longest the opening of a channel may take.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// Frame size when the broker sets no limit; RabbitMQ's default.
+const FRAME_MAX_BYTES: usize = 131_072;
+/// How often a waiting batch looks at the state of the connection.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a batch waits for its confirms to fail by themselves after the channel was lost.
+const LOST_LIMIT: Duration = Duration::from_secs(2);
+
+/// A worker's way to RabbitMQ.
+#[derive(Debug)]
+pub struct RabbitPublisher {
+    connection: watch::Receiver<Option<Arc<Connection>>>,
+    state: watch::Receiver<SinkState>,
+    confirm_timeout: Duration,
+    channel: Option<Open>,
+    exchanges: Exchanges,
+    /// The broker's limit, once it has told us.
+    message_size_max: Option<usize>,
+}
+
+/// A channel in confirm mode and the connection it belongs to.
+#[derive(Debug, Clone)]
+struct Open {
+    channel: Channel,
+    connection: Arc<Connection>,
+}
+
+/// What came back for one message.
+enum Answer {
+    Ack,
+    Nack,
+    Error(lapin::Error),
+    Lost,
+    Silence,
+}
+
+/// How the waiting for a batch's confirms ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// All are in, or have failed.
+    Complete,
+    /// The channel is gone, and some never came.
+    Lost,
+    /// The confirm time-out.
+    TimedOut,
+}
+
+impl RabbitPublisher {
+    pub(super) fn new(
+        connection: watch::Receiver<Option<Arc<Connection>>>,
+        state: watch::Receiver<SinkState>,
+        confirm_timeout: Duration,
+    ) -> Self {
+        let exchanges = Exchanges::default();
+        Self { connection, state, confirm_timeout, channel: None, exchanges, message_size_max: None }
+    }
+
+    /// The channel, opened anew after a loss.
+    async fn open(&mut self) -> Result<Open, String> {
+        let connection = self.connection.borrow().clone().ok_or("not connected")?;
+        if let Some(open) = &self.channel
+            && open.channel.status().connected()
+            && Arc::ptr_eq(&open.connection, &connection)
+        {
+            return Ok(open.clone());
+        }
+        let same = self.channel.take().is_some_and(|open| Arc::ptr_eq(&open.connection, &connection));
+        if !same {
+            self.exchanges.forget();
+        }
+        self.message_size_max = self.message_size_max.filter(|_| same);
+        let opening = async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok::<_, lapin::Error>(channel)
+        };
+        match tokio::time::timeout(OPEN_LIMIT, opening).await {
+            Ok(Ok(channel)) => Ok(self.channel.insert(Open { channel, connection }).clone()),
+            Ok(Err(error)) => Err(sentence(&error)),
+            Err(_) => Err("the broker opens no channel".to_owned()),
+        }
+    }
+
+    /// Gives up a channel whose state is not known. Closed in the background, because a close can
+    /// hang as long as the connection is blocked.
+    fn abandon_channel(&mut self) {
+        if let Some(open) = self.channel.take() {
+            tokio::spawn(tokio::time::timeout(OPEN_LIMIT, async move {
+                let _ = open.channel.close(200, "abandoned".into()).await;
+            }));
+        }
+    }
+
+    fn check(&self, row: &Row, frame_max: usize) -> Result<Message, Refusal> {
+        let hopeless = |reason| Refusal::new(Fault::Hopeless, reason);
+        if let Some(limit) = self.message_size_max.filter(|limit| row.payload.len() > *limit) {
+            let size = row.payload.len();
+            return Err(hopeless(format!(
+                "the payload has {size} bytes, the broker's max_message_size is {limit}"
+            )));
+        }
+        compose(row, frame_max).map_err(hopeless)
+    }
+
+    /// Sorts messages into rounds: all that may go together, then for each exchange that refused
+    /// lately one message alone and the others after it.
+    async fn rounds(
+        &mut self,
+        connection: &Connection,
+        messages: &[(usize, Message)],
+        verdicts: &mut [Option<Verdict>],
+    ) -> Result<Vec<Vec<usize>>, String> {
+        let mut together = Vec::new();
+        let mut tries: HashMap<&str, Vec<usize>> = HashMap::new();
+        for (position, (index, message)) in messages.iter().enumerate() {
+            let exchange = message.exchange.as_str();
+            match self.exchanges.access(connection, exchange).await? {
+                Access::Open => together.push(position),
+                Access::OneTry => tries.entry(exchange).or_default().push(position),
+                Access::Refused(reason) => {
+                    verdicts[*index] = Some(Err(Refusal::new(Fault::Destination, reason)));
+                }
+            }
+        }
+        let mut rounds = vec![together];
+        for (_, mut positions) in tries {
+            let rest = positions.split_off(1);
+            rounds.extend([positions, rest]);
+        }
+        Ok(rounds)
+    }
+
+    /// One round: out, all confirms in, verdicts.
+    async fn send(
+        &mut self,
+        open: &Open,
+        batch: &[Row],
+        messages: &[(usize, Message)],
+        round: &[usize],
+        verdicts: &mut [Option<Verdict>],
+    ) {
+        let mut answers: Vec<Option<Answer>> = round.iter().map(|_| None).collect();
+        let mut returned = HashMap::new();
+        let ended = self.exchange(open, batch, messages, round, &mut answers, &mut returned).await;
+        if ended != Ended::Complete {
+            self.abandon_channel();
+        }
+        let broken = ended != Ended::Complete
+            || answers.iter().any(|answer| matches!(answer, Some(Answer::Error(_)) | None));
+        for (answer, position) in answers.into_iter().zip(round) {
+            let (index, message) = &messages[*position];
+            let row = &batch[*index];
+            let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
+            let verdict = match answer.unwrap_or(none) {
+                _ if returned.contains_key(&row.id) => Err(unroutable(row, &returned[&row.id])),
+                Answer::Ack if broken && !returned.is_empty() => Err(Refusal::new(
+                    Fault::Unknown,
+                    "confirmed, but the channel broke before all returns were seen",
+                )),
+                Answer::Ack => Ok(()),
+                Answer::Nack => Err(refused_by_queue(row)),
+                Answer::Error(error) => Err(self.learn(&error, message, row, round.len() == 1)),
+                Answer::Lost => Err(Refusal::new(Fault::Unknown, "the channel was lost before the confirm")),
+                Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
+            };
+            if verdict.is_ok() {
+                self.exchanges.accepted(message.exchange.as_str());
+            }
+            verdicts[*index] = Some(verdict);
+        }
+    }
+
+    /// Publishes the round and gathers answers until all are in or no more can be hoped for.
+    async fn exchange(
+        &self,
+        open: &Open,
+        batch: &[Row],
+        messages: &[(usize, Message)],
+        round: &[usize],
+        answers: &mut [Option<Answer>],
+        returned: &mut HashMap<i64, BasicReturnMessage>,
+    ) -> Ended {
+        // Polled first in the order they are pushed, and a first poll queues the frames: messages
+        // leave in the order of the batch and share writes.
+        let mut confirms = FuturesUnordered::new();
+        for (slot, position) in round.iter().enumerate() {
+            let (index, message) = &messages[*position];
+            let publish = open.channel.basic_publish(
+                message.exchange.clone(),
+                message.routing_key.clone(),
+                BasicPublishOptions { mandatory: true, immediate: false },
+                &batch[*index].payload,
+                message.properties.clone(),
+            );
+            confirms.push(async move { (slot, async { publish.await?.await }.await) });
+        }
+        let mut look = tokio::time::interval(LOOK);
+        let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
+        loop {
+            tokio::select! {
+                biased;
+                // 1. Answers first: a confirm that is in must never be given up.
+                answer = confirms.next() => {
+                    let Some((slot, answer)) = answer else { return Ended::Complete };
+                    answers[slot] = Some(sort_answer(answer, returned));
+                    waited = Duration::ZERO;
+                }
+                // 2. The clock of the time-out; it stands still while the broker blocks us.
+                _ = look.tick() => {
+                    if !open.channel.status().connected() {
+                        lost_for += LOOK;
+                    } else if self.state.borrow().is_ready() {
+                        waited += LOOK;
+                    }
+                    if waited > self.confirm_timeout || lost_for > LOST_LIMIT {
+                        // Whatever has come in meanwhile counts, its returns above all.
+                        while let Some(Some((slot, answer))) = confirms.next().now_or_never() {
+                            answers[slot] = Some(sort_answer(answer, returned));
+                        }
+                        return if lost_for > LOST_LIMIT { Ended::Lost } else { Ended::TimedOut };
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the closing of the channel says of this message, remembered for the next batch.
+    fn learn(&mut self, error: &lapin::Error, message: &Message, row: &Row, alone: bool) -> Refusal {
+        let (text, exchange) = (sentence(error), message.exchange.as_str());
+        let blamed = Blamed { exchange, routing_key: &row.route.routing_key, payload_len: row.payload.len() };
+        let fault = fault_of_close(error, blamed, alone);
+        if fault == Fault::Destination && names_exchange(&text, exchange) {
+            self.exchanges.refused(exchange, text.clone());
+        }
+        if let Some(limit) = size_limit(&text) {
+            self.message_size_max = Some(limit);
+        }
+        Refusal::new(fault, text)
+    }
+}
+
+impl Publisher for RabbitPublisher {
+    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+        let mut verdicts: Vec<Option<Verdict>> = batch.iter().map(|_| None).collect();
+        let open = match self.open().await {
+            Ok(open) => open,
+            Err(reason) => return vec![Err(Refusal::new(Fault::Outage, reason)); batch.len()],
+        };
+        let frame_max = match open.connection.configuration().frame_max() {
+            0 => FRAME_MAX_BYTES,
+            frame_max => frame_max as usize,
+        };
+        let mut messages = Vec::with_capacity(batch.len());
+        for (index, row) in batch.iter().enumerate() {
+            match self.check(row, frame_max) {
+                Ok(message) => messages.push((index, message)),
+                Err(refusal) => verdicts[index] = Some(Err(refusal)),
+            }
+        }
+        let rounds = self.rounds(&open.connection, &messages, &mut verdicts).await;
+        for round in rounds.unwrap_or_default().iter().filter(|round| !round.is_empty()) {
+            // A round after one that broke the channel is left for the next batch.
+            if open.channel.status().connected() {
+                self.send(&open, batch, &messages, round, &mut verdicts).await;
+            }
+        }
+        let not_sent = || Err(Refusal::new(Fault::Outage, "not sent: the channel was lost"));
+        verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(not_sent)).collect()
+    }
+}
+
+fn sort_answer(
+    answer: lapin::Result<Confirmation>,
+    returned: &mut HashMap<i64, BasicReturnMessage>,
+) -> Answer {
+    let (sorted, message) = match answer {
+        Ok(Confirmation::Ack(message)) => (Answer::Ack, message),
+        Ok(Confirmation::Nack(message)) => (Answer::Nack, message),
+        // The channel was not in confirm mode after all; nothing is known.
+        Ok(Confirmation::NotRequested) => (Answer::Silence, None),
+        Err(error) => (Answer::Error(error), None),
+    };
+    if let Some(message) = message
+        && let Some(id) = outbox_id(&message)
+    {
+        returned.insert(id, message);
+    }
+    sorted
+}
+
+fn outbox_id(message: &BasicReturnMessage) -> Option<i64> {
+    match message.properties.headers().as_ref()?.inner().get(ID_HEADER)? {
+        AMQPValue::LongLongInt(id) => Some(*id),
+        _ => None,
+    }
+}
+
+fn unroutable(row: &Row, message: &BasicReturnMessage) -> Refusal {
+    let (code, text) = (message.reply_code, message.reply_text.as_str());
+    let fault = if code == 312 { Fault::Unroutable } else { Fault::Destination };
+    let exchange = match row.route.exchange.as_str() {
+        "" => "the default exchange".to_owned(),
+        name => format!("exchange {name:?}"),
+    };
+    Refusal::new(
+        fault,
+        format!("no queue takes routing key {:?} from {exchange} ({code} {text})", row.route.routing_key),
+    )
+}
+
+fn refused_by_queue(row: &Row) -> Refusal {
+    let reason = format!(
+        "a queue behind routing key {:?} refused it (basic.nack: full or failing)",
+        row.route.routing_key
+    );
+    Refusal::new(Fault::Destination, reason)
+}
