@@ -1,0 +1,110 @@
+//! Promise 9: rows and bytes in flight are bounded, whatever the backlog and whatever its rows weigh.
+
+use crate::support::scripted::ScriptedSink;
+use crate::support::world::{RunningRelay, resolve};
+use crate::support::{World, eventually};
+use outbox_relay::relay::Relay;
+use outbox_relay::store::memory::MemoryStore;
+use outbox_relay::store::{Route, Row};
+use outbox_relay::telemetry::Metrics;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+const MIB: usize = 1 << 20;
+
+/// 2 000 rows of 1 MB under a budget of 64 MiB stay under 250 MB of memory; rows of 10 MB pass.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_thousand_rows_of_a_megabyte_fit_into_250_megabytes() {
+    let world = World::alone().await;
+    world.sql("alter table outbox disable trigger keep_written; alter table outbox alter column payload type bytea using payload::text::bytea; alter table outbox alter column payload set storage external").await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k' || i % 100, convert_to(repeat('x', 1000000), 'UTF8') from generate_series(1, 2000) i").await;
+    let relay = world.process(&[("OUTBOX_MAX_IN_FLIGHT_BYTES", "64MiB")]).await;
+    let mut peak = 0;
+    eventually("all are delivered", async || {
+        peak = peak.max(relay.rss());
+        world.number("select count(*) from outbox where delivered_at is null").await == 0
+    })
+    .await;
+    assert!(peak < 250 * MIB, "peak of {} MiB", peak / MIB);
+    eprintln!("peak RSS with rows of 1 MB: {} MiB", peak / MIB);
+    assert_eq!(world.queue_depth().await, 2000);
+
+    world.sql("insert into outbox (routing_key, payload) select 'ok.2', convert_to(repeat('y', 10000000), 'UTF8') from generate_series(1, 10) i").await;
+    world.sql("insert into outbox (routing_key, payload) values ('ok.3', convert_to(repeat('z', 100000000), 'UTF8'))").await;
+    world.drained().await;
+    assert_eq!(world.queue_depth().await, 2011);
+    assert!(relay.terminate().await.success());
+    world.abandon();
+}
+
+/// A large backlog changes nothing: memory while draining it is that of the window.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_does_not_follow_the_backlog() {
+    let world = World::new().await;
+    world.sql("alter table outbox disable trigger keep_written").await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k' || i % 1000, '{}' from generate_series(1, 200000) i").await;
+    let relay = world.process(&[]).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 20_000).await;
+    let rss = relay.rss();
+    assert!(rss < 100 * MIB, "{} MiB", rss / MIB);
+    relay.kill().await;
+    world.abandon();
+}
+
+fn row(id: i64, bytes: usize) -> Row {
+    Row {
+        id,
+        message_id: uuid::Uuid::from_u128(id as u128),
+        route: Arc::new(Route { exchange: String::new(), routing_key: "r".to_owned() }),
+        ordering_key: None,
+        payload: vec![0; bytes].into(),
+        content_type: String::new(),
+        headers: "{}".to_owned(),
+        created_at_micros: 0,
+        attempts: 0,
+        defect: None,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever the sizes of rows, the gauges of rows and bytes in flight never exceed the budget, except for a
+    /// single row that is larger than all of it; and everything arrives.
+    #[test]
+    fn the_budget_of_rows_and_bytes_is_never_exceeded(
+        sizes in prop::collection::vec(prop_oneof![8 => 0usize..2_000, 1 => 0usize..90_000], 1..120),
+        window in 1usize..40,
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        runtime.block_on(async {
+            const BUDGET: usize = 64 * 1024;
+            let store = MemoryStore::default();
+            let rows: Vec<Row> = sizes.iter().enumerate().map(|(id, bytes)| row(id as i64, *bytes)).collect();
+            let largest = rows.iter().map(Row::bytes).max().unwrap_or(0);
+            rows.iter().for_each(|row| store.insert(row.clone()));
+            let metrics = Arc::new(Metrics::default());
+            let (seen, peak) = (Arc::clone(&metrics), Arc::new(std::sync::Mutex::new((0i64, 0i64))));
+            let peaks = Arc::clone(&peak);
+            let sink = ScriptedSink::new(move |_| {
+                let mut peak = peaks.lock().unwrap();
+                *peak = (peak.0.max(seen.in_flight.get()), peak.1.max(seen.in_flight_bytes.get()));
+                Ok(())
+            });
+            let (window_text, batch) = (window.to_string(), window.min(7).to_string());
+            let env: BTreeMap<String, String> = [
+                ("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused"), ("OUTBOX_MAX_IN_FLIGHT", &window_text),
+                ("OUTBOX_BATCH_SIZE", &batch), ("OUTBOX_WORKERS", "1"), ("OUTBOX_MAX_IN_FLIGHT_BYTES", "64KiB"), ("OUTBOX_POLL_INTERVAL", "1ms"),
+            ].into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+            let relay = RunningRelay::spawn(Relay::new(resolve(&env), store.clone(), sink, metrics)).await;
+            eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending())).await;
+            relay.stop().await.expect("clean stop");
+            let (rows, bytes) = *peak.lock().unwrap();
+            assert!(rows as usize <= window, "{rows} rows in flight, {window} allowed");
+            assert!(bytes as usize <= BUDGET.max(largest), "{bytes} bytes in flight");
+            tokio::time::sleep(Duration::ZERO).await;
+        });
+    }
+}

@@ -1,0 +1,94 @@
+//! Promise 11: SIGTERM drains, writes, and exits 0 within the grace period; a second signal ends at once.
+//! Stops under load are in `bounded_duplicates.rs`.
+
+use crate::support::world::Allowed;
+use crate::support::{World, eventually};
+use sqlx::{Connection, Executor};
+use std::time::{Duration, Instant};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_while_the_broker_is_away_does_not_wait_for_it() {
+    let world = World::alone().await;
+    let relay = world.process(&[]).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    world.servers().control("stop", "rabbitmq").await;
+    world.write(100, 10).await;
+    let begun = Instant::now();
+    assert!(relay.terminate().await.success());
+    assert!(begun.elapsed() < Duration::from_secs(10), "waited {:?}", begun.elapsed());
+    world.servers().control("start", "rabbitmq").await;
+    world.finish(Allowed { pending: true, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_while_the_broker_is_silent_ends_with_the_grace_period() {
+    let world = World::alone().await;
+    let relay = world.process(&[("OUTBOX_SHUTDOWN_GRACE", "2s")]).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    world.servers().control("pause", "rabbitmq").await;
+    world.write(100, 10).await;
+    eventually("rows are in flight", async || relay.get("/health").await.1.contains("\"in_flight\":100,"))
+        .await;
+    let begun = Instant::now();
+    let status = relay.terminate().await;
+    assert!(status.success(), "{status}");
+    assert!(
+        begun.elapsed() > Duration::from_millis(1900),
+        "did not wait for confirms: {:?}",
+        begun.elapsed()
+    );
+    assert!(begun.elapsed() < Duration::from_secs(10), "waited {:?}", begun.elapsed());
+    world.servers().control("resume", "rabbitmq").await;
+    world.finish(Allowed { pending: true, duplicates: 100, ..Allowed::default() }).await;
+}
+
+/// Confirmed rows that cannot be marked until the end of the grace period: that is said, and the exit code is
+/// not 0, because they will be sent again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn confirmed_rows_that_cannot_be_marked_are_told() {
+    let world = World::new().await;
+    let relay = world.process(&[("OUTBOX_SHUTDOWN_GRACE", "1s")]).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    world
+        .sql(
+            "insert into outbox (routing_key, payload, available_at)
+             select 'ok.1', '{}', clock_timestamp() + interval '1 second' from generate_series(1, 100)",
+        )
+        .await;
+    // This lock lets the relay read and keeps it from marking.
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("lock table outbox in share mode").await.expect("lock");
+    eventually("all are published", async || world.queue_depth().await == 100).await;
+    relay.signal("TERM").await;
+    let log = relay.log.clone();
+    eventually("it is told", async || {
+        let log = std::fs::read_to_string(&log).expect("log");
+        log.contains("error: the database was away until the end of the grace period: 100 confirmed rows are not marked")
+    })
+    .await;
+    assert_eq!(relay.ended().await.code(), Some(1));
+    transaction.rollback().await.expect("roll back");
+    // The next start sends them again.
+    let relay = world.relay(&[]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { duplicates: 100, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_at_once() {
+    let world = World::alone().await;
+    let relay = world.process(&[]).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    world.servers().control("pause", "rabbitmq").await;
+    world.write(100, 10).await;
+    eventually("rows are in flight", async || relay.get("/health").await.1.contains("\"in_flight\":100,"))
+        .await;
+    relay.signal("TERM").await;
+    eventually("stopping", async || relay.get("/health").await.1.contains("\"stopping\":true")).await;
+    relay.signal("TERM").await;
+    assert_eq!(relay.ended().await.code(), Some(143));
+    world.servers().control("resume", "rabbitmq").await;
+    world.finish(Allowed { pending: true, duplicates: 100, ..Allowed::default() }).await;
+}

@@ -1,0 +1,132 @@
+//! The contract of every sink: the obligations in `src/sink/mod.rs`, on RabbitMQ, on the null sink and on the
+//! scripted one.
+
+use crate::support::World;
+use crate::support::scripted::ScriptedSink;
+use outbox_relay::config::Endpoint;
+use outbox_relay::sink::null::NullSink;
+use outbox_relay::sink::{Fault, Publisher, RabbitMq, Sink, SinkState};
+use outbox_relay::store::{Route, Row};
+use outbox_relay::telemetry::Metrics;
+use std::sync::Arc;
+use std::time::Duration;
+
+fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
+    Row {
+        id,
+        message_id: uuid::Uuid::from_u128(id as u128),
+        route: Arc::new(Route { exchange: exchange.to_owned(), routing_key: routing_key.to_owned() }),
+        ordering_key: None,
+        payload: bytes::Bytes::from_static(b"{}"),
+        content_type: "application/json".to_owned(),
+        headers: "{}".to_owned(),
+        created_at_micros: 0,
+        attempts: 0,
+        defect: None,
+    }
+}
+
+async fn ready(sink: &impl Sink) {
+    let mut state = sink.state();
+    let ready = state.wait_for(SinkState::is_ready);
+    tokio::time::timeout(Duration::from_secs(30), ready).await.expect("ready in time").expect("a sink");
+}
+
+/// What every sink owes, whatever it leads to.
+async fn keeps_the_contract(sink: impl Sink, exchange: &str) {
+    ready(&sink).await;
+    let mut publisher = sink.publisher();
+    assert!(publisher.publish(&[]).await.is_empty());
+    let batch: Vec<Row> = (0..500).map(|id| row(id, exchange, "ok.1")).collect();
+    let verdicts = publisher.publish(&batch).await;
+    assert_eq!(verdicts.len(), batch.len(), "one verdict per row");
+    assert!(verdicts.iter().all(Result::is_ok), "{:?}", verdicts.iter().find(|verdict| verdict.is_err()));
+    // Several publishers at once do not mix up their answers.
+    let publishers = (0..4).map(|number| {
+        let mut publisher = sink.publisher();
+        let batch: Vec<Row> = (0..200).map(|id| row(1000 * number + id, exchange, "ok.2")).collect();
+        async move { publisher.publish(&batch).await }
+    });
+    for verdicts in futures_util::future::join_all(publishers).await {
+        assert!(verdicts.len() == 200 && verdicts.iter().all(Result::is_ok));
+    }
+    sink.close().await;
+}
+
+fn rabbitmq(world: &World) -> RabbitMq {
+    let endpoint = Endpoint::Text(world.servers().amqp_url.clone().into());
+    RabbitMq::connect(endpoint, Duration::from_secs(10), Arc::new(Metrics::default()))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_null_sink_keeps_the_contract() {
+    keeps_the_contract(NullSink::default(), "").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_scripted_sink_keeps_the_contract() {
+    keeps_the_contract(ScriptedSink::new(|_| Ok(())), "").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rabbitmq_keeps_the_contract() {
+    let world = World::new().await;
+    keeps_the_contract(rabbitmq(&world), &world.name).await;
+    // In the order of the batch, and all of it.
+    let ids: Vec<i64> = world.take_messages().await.iter().map(|message| message.id).take(500).collect();
+    assert_eq!(ids, (0..500).collect::<Vec<_>>());
+    world.abandon();
+}
+
+/// `Ok` means confirmed *and* routed, for each row by itself, wherever it stands in the batch.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ok_means_routed_for_each_row_by_itself() {
+    let world = World::new().await;
+    let sink = rabbitmq(&world);
+    ready(&sink).await;
+    let mut publisher = sink.publisher();
+    let mut rng = crate::support::rng("ok_means_routed_for_each_row_by_itself");
+    for round in 0..200 {
+        let batch: Vec<Row> = (0..rng.i64(1..300))
+            .map(|id| row(1000 * round + id, &world.name, if rng.u8(0..3) == 0 { "lost" } else { "ok.1" }))
+            .collect();
+        for (row, verdict) in batch.iter().zip(publisher.publish(&batch).await) {
+            let fault = verdict.err().map(|refusal| refusal.fault);
+            let expected = (row.route.routing_key == "lost").then_some(Fault::Unroutable);
+            assert_eq!(fault, expected, "row {} to {}", row.id, row.route.routing_key);
+        }
+    }
+    sink.close().await;
+    world.abandon();
+}
+
+/// A missing exchange is the fault of its own rows alone; the others of the batch are delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_exchange_refuses_its_own_rows_only() {
+    let world = World::new().await;
+    let sink = rabbitmq(&world);
+    ready(&sink).await;
+    let mut publisher = sink.publisher();
+    let batch: Vec<Row> =
+        (0..50).map(|id| row(id, if id % 2 == 0 { &world.name } else { "missing" }, "ok.1")).collect();
+    for (row, verdict) in batch.iter().zip(publisher.publish(&batch).await) {
+        match verdict {
+            Ok(()) => assert_eq!(row.id % 2, 0),
+            Err(refusal) => {
+                assert_eq!((row.id % 2, refusal.fault), (1, Fault::Destination), "{}", refusal.reason);
+            }
+        }
+    }
+    sink.close().await;
+    world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unreachable_broker_is_an_outage_and_no_refusal() {
+    let endpoint = Endpoint::Text("amqp://nobody:secret@127.0.0.1:1/%2f".to_owned().into());
+    let sink = RabbitMq::connect(endpoint, Duration::from_secs(1), Arc::new(Metrics::default()));
+    let verdicts = sink.publisher().publish(&[row(1, "", "q")]).await;
+    assert!(matches!(&verdicts[..], [Err(refusal)] if refusal.fault == Fault::Outage), "{verdicts:?}");
+    assert!(!sink.state().borrow().is_ready());
+    sink.close().await;
+}

@@ -1,0 +1,259 @@
+//! The contract of every store: the obligations in `src/store/mod.rs`, on Postgres and on its twin in memory.
+
+use crate::support::World;
+use crate::support::world::resolve;
+use outbox_relay::store::memory::MemoryStore;
+use outbox_relay::store::postgres::Connector;
+use outbox_relay::store::{Ask, Bite, Dead, PostgresStore, Route, Row, Settlement, Store, Waiting};
+use sqlx::Executor;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A store and a way to commit rows into it.
+trait Subject {
+    type Store: Store;
+    fn store(&self) -> &Self::Store;
+    async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize);
+}
+
+struct InMemory(MemoryStore);
+
+impl Subject for InMemory {
+    type Store = MemoryStore;
+
+    fn store(&self) -> &MemoryStore {
+        &self.0
+    }
+
+    async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize) {
+        self.0.insert(Row {
+            id,
+            message_id: uuid::Uuid::from_u128(id as u128),
+            route: Arc::new(Route { exchange: "x".to_owned(), routing_key: routing_key.to_owned() }),
+            ordering_key: key.map(Into::into),
+            payload: vec![b'x'; bytes].into(),
+            content_type: String::new(),
+            headers: "{}".to_owned(),
+            created_at_micros: 0,
+            attempts: 0,
+            defect: None,
+        });
+    }
+}
+
+struct InPostgres {
+    world: World,
+    store: PostgresStore,
+}
+
+impl InPostgres {
+    async fn new(pooling: &str) -> Self {
+        let world = World::new().await;
+        world.sql("alter table outbox alter column payload type text using payload::text").await;
+        let settings =
+            resolve(&world.pairs(&[("OUTBOX_EXCHANGE", "x"), ("OUTBOX_TRANSACTION_POOLING", pooling)]));
+        let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
+        let store = PostgresStore::new(connector, &settings);
+        Self { world, store }
+    }
+}
+
+impl Subject for InPostgres {
+    type Store = PostgresStore;
+
+    fn store(&self) -> &PostgresStore {
+        &self.store
+    }
+
+    async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize) {
+        let query = sqlx::query(
+            "insert into outbox (id, ordering_key, routing_key, payload) values ($1, $2, $3, repeat('x', $4))",
+        );
+        self.world
+            .db()
+            .await
+            .execute(query.bind(id).bind(key).bind(routing_key).bind(bytes as i32))
+            .await
+            .expect("insert");
+    }
+}
+
+const ALL: [(i64, i64); 1] = [(i64::MIN, i64::MAX)];
+
+fn ask(rows: usize) -> Ask<'static> {
+    Ask {
+        ranges: &ALL,
+        rows,
+        bytes: 1 << 30,
+        room_for_any: true,
+        in_flight: &[],
+        keep_order: true,
+        parked: &[],
+    }
+}
+
+async fn ids(store: &impl Store, ask: Ask<'_>) -> Vec<i64> {
+    store.poll(ask).await.expect("poll").rows.iter().map(|row| row.id).collect()
+}
+
+fn waiting(id: i64, wait: Duration) -> Settlement {
+    let waiting = Waiting { id, attempts: 1, wait, reason: "refused \0 for a test".to_owned() };
+    Settlement { waiting: vec![waiting], ..Settlement::default() }
+}
+
+async fn keeps_the_contract(subject: &impl Subject) {
+    polls_what_it_is_asked_for(subject).await;
+    a_refused_row_holds_back_its_key(subject).await;
+    parks_probes_and_releases(subject).await;
+    settles_all_kinds_and_twice(subject).await;
+    counts_and_purges(subject).await;
+}
+
+async fn polls_what_it_is_asked_for(subject: &impl Subject) {
+    let store = subject.store();
+    for id in (1..=20).rev() {
+        subject.insert(id, None, "r", 1000).await;
+    }
+    assert_eq!(ids(store, ask(100)).await, (1..=20).collect::<Vec<_>>(), "in id order");
+    let read = store.poll(ask(5)).await.expect("poll");
+    assert_eq!((read.rows.len(), read.more), (5, true), "no more than asked for");
+    assert!(!store.poll(ask(100)).await.expect("poll").more);
+    let ranges = [(2, 3), (7, 7), (19, i64::MAX)];
+    assert_eq!(ids(store, Ask { ranges: &ranges, ..ask(100) }).await, [2, 3, 7, 19, 20], "in the ranges");
+    assert_eq!(
+        ids(store, Ask { in_flight: &[1, 2, 20], ..ask(3) }).await,
+        [3, 4, 5],
+        "not what is in flight"
+    );
+    let read = store.poll(Ask { bytes: 5000, ..ask(100) }).await.expect("poll");
+    assert!(read.more && (2..5).contains(&read.rows.len()), "{} rows in 5000 bytes", read.rows.len());
+    assert_eq!(
+        ids(store, Ask { bytes: 10, ..ask(100) }).await,
+        [1],
+        "one row passes when nothing is in flight"
+    );
+    assert!(ids(store, Ask { bytes: 10, room_for_any: false, ..ask(100) }).await.is_empty());
+    let horizon = store.horizon(6, &ranges, &[3], 10).await.expect("horizon");
+    assert_eq!(horizon.pending, [2], "pending ids in the ranges up to the last");
+    assert!(horizon.xmin <= horizon.xmax);
+    store
+        .settle(&Settlement { delivered: (1..=20).collect(), ..Settlement::default() })
+        .await
+        .expect("settle");
+    assert!(ids(store, ask(100)).await.is_empty());
+}
+
+async fn a_refused_row_holds_back_its_key(subject: &impl Subject) {
+    let store = subject.store();
+    for (id, key) in [(31, Some("a")), (32, Some("b")), (33, Some("a")), (34, None), (35, Some("a"))] {
+        subject.insert(id, key, "r", 10).await;
+    }
+    store.settle(&waiting(33, Duration::from_secs(60))).await.expect("settle");
+    assert_eq!(
+        ids(store, ask(100)).await,
+        [31, 32, 34],
+        "rows after the refused one wait, earlier ones do not"
+    );
+    assert_eq!(ids(store, Ask { keep_order: false, ..ask(100) }).await, [31, 32, 34, 35]);
+    store.settle(&waiting(33, Duration::ZERO)).await.expect("settle");
+    assert_eq!(ids(store, ask(100)).await, [31, 32, 33, 34], "due again, and still before its followers");
+    let rows = store.poll(ask(100)).await.expect("poll").rows;
+    assert_eq!(rows.iter().find(|row| row.id == 33).map(|row| row.attempts), Some(1));
+    store
+        .settle(&Settlement { delivered: vec![31, 32, 33, 34, 35], ..Settlement::default() })
+        .await
+        .expect("settle");
+}
+
+async fn parks_probes_and_releases(subject: &impl Subject) {
+    let store = subject.store();
+    let route = Arc::new(Route { exchange: "x".to_owned(), routing_key: "parked".to_owned() });
+    for id in 41..=44 {
+        subject.insert(id, Some("p"), "parked", 10).await;
+    }
+    subject.insert(45, None, "parked", 10).await;
+    store.settle(&waiting(41, Duration::ZERO)).await.expect("settle");
+    let parked = [Arc::clone(&route)];
+    assert_eq!(
+        ids(store, Ask { parked: &parked, ..ask(100) }).await,
+        [45],
+        "a new row is tried, a refused one is not"
+    );
+    store.settle(&waiting(41, Duration::from_secs(60))).await.expect("settle");
+    store.settle(&waiting(45, Duration::from_secs(60))).await.expect("settle");
+    let probe = store.probe(&route, &[], true).await.expect("probe");
+    assert_eq!(probe.map(|row| row.id), Some(41), "due or not");
+    let probe = store.probe(&route, &[41], true).await.expect("probe");
+    assert_eq!(probe.map(|row| row.id), Some(45));
+    let other = Route { exchange: "y".to_owned(), routing_key: "parked".to_owned() };
+    assert!(store.probe(&other, &[], true).await.expect("probe").is_none());
+    assert_eq!(store.release(&route, 1).await.expect("release"), 1);
+    assert_eq!(store.release(&route, 100).await.expect("release"), 1);
+    assert_eq!(store.release(&route, 100).await.expect("release"), 0);
+    assert_eq!(ids(store, ask(100)).await, [41, 45]);
+    store
+        .settle(&Settlement { delivered: (41..=45).collect(), ..Settlement::default() })
+        .await
+        .expect("settle");
+}
+
+async fn settles_all_kinds_and_twice(subject: &impl Subject) {
+    let store = subject.store();
+    for id in 51..=53 {
+        subject.insert(id, None, "r", 10).await;
+    }
+    let mut settlement = waiting(52, Duration::from_secs(60));
+    settlement.delivered = vec![51];
+    settlement.dead = vec![Dead { id: 53, attempts: 1, reason: "never".to_owned() }];
+    for _ in 0..2 {
+        store.settle(&settlement).await.expect("settle");
+        let census = store.census().await.expect("census");
+        assert_eq!((census.pending, census.waiting, census.dead, census.blocked_keys), (1, 1, 1, 0));
+        assert!(ids(store, ask(100)).await.is_empty());
+    }
+    // What has an end keeps it.
+    store.settle(&waiting(53, Duration::ZERO)).await.expect("settle");
+    assert!(ids(store, ask(100)).await.is_empty());
+    store.settle(&Settlement::default()).await.expect("nothing to settle");
+}
+
+async fn counts_and_purges(subject: &impl Subject) {
+    let store = subject.store();
+    let bite = store.purge(i64::MIN, 10, Duration::from_secs(3600)).await.expect("purge");
+    assert_eq!((bite.looked_at, bite.purged), (10, 0), "younger than the retention");
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let mut after = i64::MIN;
+    let mut purged = 0;
+    loop {
+        let Bite { looked_at, purged: bite, last_id } =
+            store.purge(after, 7, Duration::ZERO).await.expect("purge");
+        assert!(looked_at <= 7);
+        purged += bite;
+        after = last_id;
+        if looked_at < 7 {
+            break;
+        }
+    }
+    assert_eq!(purged, 20 + 5 + 5 + 1, "all that was delivered, nothing else");
+    let census = store.census().await.expect("census");
+    assert_eq!((census.pending, census.dead), (1, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_memory_store_keeps_the_contract() {
+    keeps_the_contract(&InMemory(MemoryStore::default())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_keeps_the_contract() {
+    let subject = InPostgres::new("false").await;
+    keeps_the_contract(&subject).await;
+    subject.world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_behind_a_transaction_pooler_keeps_the_contract() {
+    let subject = InPostgres::new("true").await;
+    keeps_the_contract(&subject).await;
+    subject.world.abandon();
+}

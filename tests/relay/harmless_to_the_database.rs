@@ -1,0 +1,90 @@
+//! Promise 10: no transaction is open while the broker is waited for, and other people's transactions
+//! stall nothing.
+
+use crate::support::World;
+use crate::support::world::Allowed;
+use sqlx::{Connection, Executor};
+
+/// An open transaction in the same database, with a write of its own, stalls nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_open_transaction_elsewhere_stalls_nothing() {
+    let world = World::new().await;
+    world.sql("create table elsewhere (id int)").await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("insert into elsewhere values (1)").await.expect("insert");
+    let relay = world.relay(&[]).await;
+    for _ in 0..10 {
+        world.write(2000, 100).await;
+        world.drained().await;
+    }
+    transaction.rollback().await.expect("roll back");
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// The poll reads what it needs: with an old transaction that keeps every dead index entry alive, a read does not
+/// walk over the rows that were delivered before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_poll_does_not_walk_over_what_was_delivered() {
+    let world = World::new().await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("set transaction isolation level repeatable read").await.expect("isolation");
+    transaction.execute("select count(*) from outbox").await.expect("snapshot");
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
+    world.write(30_000, 100).await;
+    world.drained().await;
+    // Reads of the pending index from here on: a handful a poll, not thirty thousand.
+    let read = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pending'";
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    let (before, scans_before) =
+        (world.number(read).await, world.number(&read.replace("idx_tup_read", "idx_scan")).await);
+    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    let (after, scans_after) =
+        (world.number(read).await, world.number(&read.replace("idx_tup_read", "idx_scan")).await);
+    let (rows, scans) = (after - before, scans_after - scans_before);
+    eprintln!("{rows} index entries read in {scans} scans");
+    // The census counts once a second and walks everything; the polls, ten a second, must not.
+    assert!(scans > 20, "polls go on: {scans}");
+    assert!(rows < 15 * 30_000, "{rows} index entries read in {scans} scans");
+    transaction.rollback().await.expect("roll back");
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// While the broker gives no answer, the relay holds no transaction.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_open_while_the_broker_is_waited_for() {
+    let world = World::alone().await;
+    let relay = world.relay(&[]).await;
+    relay.ready().await;
+    world.servers().control("pause", "rabbitmq").await;
+    world.write(1000, 10).await;
+    let in_transaction = "select count(*) from pg_stat_activity where application_name = 'outbox-relay' and xact_start < clock_timestamp() - interval '1 second'";
+    for _ in 0..20 {
+        assert_eq!(world.number(in_transaction).await, 0);
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    world.servers().control("resume", "rabbitmq").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { duplicates: 2000, ..Allowed::default() }).await;
+}
+
+/// `lock table` for longer than our lock time-out: the statements give way and come again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_table_is_waited_for_without_queueing_behind_it_for_long() {
+    let world = World::new().await;
+    let relay = world.relay(&[]).await;
+    relay.ready().await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("lock table outbox in access exclusive mode").await.expect("lock");
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    transaction.rollback().await.expect("roll back");
+    world.write(1000, 10).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}

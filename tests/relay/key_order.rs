@@ -1,0 +1,210 @@
+//! Promise 4: rows that share a key are delivered in id order, through refusals, retries and restarts.
+
+use crate::support::scripted::ScriptedSink;
+use crate::support::world::{Allowed, RunningRelay, resolve};
+use crate::support::{World, eventually, rng};
+use outbox_relay::relay::Relay;
+use outbox_relay::sink::{Fault, Refusal, SinkState};
+use outbox_relay::store::memory::MemoryStore;
+use outbox_relay::store::{Route, Row, StoreError, Trouble};
+use outbox_relay::telemetry::Metrics;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// A key's first row is refused: the others of the key wait for it, other keys do not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_row_holds_back_its_key_and_nobody_else() {
+    let world = World::new().await;
+    world
+        .sql(
+            "insert into outbox (routing_key, ordering_key, payload) values ('lost.1', 'held', '0');
+             insert into outbox (routing_key, ordering_key, payload)
+             select 'ok.1', case when i % 2 = 0 then 'held' else 'free' end, to_jsonb(i) from generate_series(1, 200) i",
+        )
+        .await;
+    let relay = world.relay(&[]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 100).await;
+    world.until("select count(*) from outbox where attempts > 2", 1).await;
+    assert_eq!(
+        world
+            .number("select count(*) from outbox where ordering_key = 'held' and delivered_at is not null")
+            .await,
+        0
+    );
+    eventually("health counts the held key", async || relay.health().await.blocked_keys == Some(1)).await;
+    world.bind("lost.#").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
+/// Bindings come and go while rows of few keys flow: refusals everywhere, order everywhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_survives_bindings_that_come_and_go() {
+    let world = World::new().await;
+    let mut rng = rng("order_survives_bindings_that_come_and_go");
+    let relay = world.relay(&[("OUTBOX_RETRY_MAX", "100ms")]).await;
+    world.unbind("ok.#").await;
+    for _ in 0..30 {
+        world.write(200, 5).await;
+        let pattern = format!("ok.{}", rng.u8(0..7));
+        if rng.bool() {
+            world.bind(&pattern).await;
+        } else {
+            world.unbind(&pattern).await;
+        }
+    }
+    world.bind("ok.#").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pipelined_order_holds_without_refusals() {
+    let world = World::new().await;
+    world.write(5000, 3).await;
+    let relay = world.relay(&[("OUTBOX_ORDERING", "pipelined")]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_ordering_a_refused_row_holds_back_nobody() {
+    let world = World::new().await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload) values ('lost.1', 'k', '0')").await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k', '1' from generate_series(1, 500)").await;
+    let relay = world.relay(&[("OUTBOX_ORDERING", "none")]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, pending: true, disorder: true, ..Allowed::default() }).await;
+}
+
+/// Writers that take turns on a key by its row lock, with think time and other keys between: id order is
+/// commit order, and deliveries keep it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_is_right_for_writers_that_take_turns_on_their_key() {
+    let world = World::new().await;
+    world.sql("create table account (id int primary key, version int not null default 0); insert into account select generate_series(0, 4)").await;
+    let relay = world.relay(&[]).await;
+    let mut writers = Vec::new();
+    for writer in 0..8 {
+        let mut db = world.db().await;
+        let mut rng = rng(&format!("writer {writer}"));
+        writers.push(tokio::spawn(async move {
+            use sqlx::Connection;
+            for _ in 0..60 {
+                let account = rng.i32(0..5);
+                let think = rng.f64() / 100.0;
+                let rollback = rng.u8(0..10) == 0;
+                let mut transaction = db.begin().await.expect("begin");
+                sqlx::query("update account set version = version + 1 where id = $1")
+                    .bind(account).execute(&mut *transaction).await.expect("update");
+                sqlx::query("select pg_sleep($1)").bind(think).execute(&mut *transaction).await.expect("think");
+                sqlx::query(
+                    "insert into outbox (routing_key, ordering_key, payload)
+                     select 'ok.1', 'account ' || id, jsonb_build_object('version', version) from account where id = $1",
+                ).bind(account).execute(&mut *transaction).await.expect("insert");
+                if rollback { transaction.rollback().await.expect("rollback") } else { transaction.commit().await.expect("commit") }
+            }
+        }));
+    }
+    for writer in writers {
+        writer.await.expect("writer");
+    }
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    let received = world.take_messages().await;
+    let mut versions: HashMap<String, i64> = HashMap::new();
+    for message in &received {
+        let version = serde_json::from_slice::<serde_json::Value>(&message.body).expect("JSON")["version"]
+            .as_i64()
+            .expect("version");
+        let key = format!("{:?}", message.headers["x-outbox-key"]);
+        let last = versions.insert(key.clone(), version).unwrap_or(0);
+        assert_eq!(version, last + 1, "versions of {key} are not consecutive");
+    }
+    world.finish_with(received, Allowed::default()).await;
+}
+
+fn row(id: i64, key: Option<String>) -> Row {
+    Row {
+        id,
+        message_id: uuid::Uuid::from_u128(id as u128),
+        route: Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("r{}", id % 3) }),
+        ordering_key: key.map(Into::into),
+        payload: bytes::Bytes::from_static(b"{}"),
+        content_type: String::new(),
+        headers: "{}".to_owned(),
+        created_at_micros: 0,
+        attempts: 0,
+        defect: None,
+    }
+}
+
+/// Every kind of refusal at random, a database that fails at random, a broker that comes and goes: the
+/// in-memory store and the scripted sink play what real servers cannot be made to play.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_survives_every_kind_of_refusal() {
+    for round in 0..20 {
+        let mut rng = rng(&format!("order_survives_every_kind_of_refusal, round {round}"));
+        let store = MemoryStore::default();
+        let keys = rng.i64(1..30);
+        for id in 1..=600 {
+            let key = (rng.u8(0..5) > 0).then(|| format!("k{}", rng.i64(0..keys)));
+            store.insert(row(id, key));
+        }
+        let mut dice = rng.fork();
+        let sink = ScriptedSink::new(move |row| {
+            let fault = match dice.u8(0..40) {
+                0 => Fault::Outage,
+                1 | 2 => Fault::Unknown,
+                3 => Fault::Silence,
+                4 => Fault::Suspect,
+                5..=7 => Fault::Unroutable,
+                8..=10 => Fault::Destination,
+                11 => Fault::Message,
+                12 if row.id % 50 == 0 => Fault::Hopeless,
+                _ => return Ok(()),
+            };
+            Err(Refusal::new(fault, "scripted"))
+        });
+        let env: BTreeMap<String, String> = [
+            ("DATABASE_URL", "postgres://unused"),
+            ("AMQP_URL", "amqp://unused"),
+            ("OUTBOX_RETRY_MIN", "1ms"),
+            ("OUTBOX_RETRY_MAX", "10ms"),
+            ("OUTBOX_MAX_IN_FLIGHT", "60"),
+            ("OUTBOX_BATCH_SIZE", "20"),
+            ("OUTBOX_POLL_INTERVAL", "5ms"),
+            ("OUTBOX_MAX_ATTEMPTS", "1000"),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+        let relay = Relay::new(resolve(&env), store.clone(), sink.clone(), Arc::new(Metrics::default()));
+        let relay = RunningRelay::spawn(relay).await;
+        for _ in 0..10 {
+            let error = |trouble| StoreError { trouble, sentence: "scripted".to_owned() };
+            store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
+            if rng.u8(0..3) == 0 {
+                sink.set_state(SinkState::Away { configuration: false, reason: "scripted".to_owned() });
+                tokio::time::sleep(std::time::Duration::from_millis(rng.u64(0..20))).await;
+                sink.set_state(SinkState::Ready);
+            }
+        }
+        eventually("all rows are settled", async || store.rows().iter().all(|stored| !stored.pending()))
+            .await;
+        relay.stop().await.expect("clean stop");
+        let mut last: HashMap<String, i64> = HashMap::new();
+        for row in sink.taken() {
+            if let Some(key) = &row.ordering_key {
+                let before = last.insert(key.to_string(), row.id).unwrap_or(0);
+                assert!(before < row.id, "key {key}: {} after {before}", row.id);
+            }
+        }
+        let delivered = store.rows().iter().filter(|stored| stored.delivered_at.is_some()).count();
+        assert_eq!(delivered, sink.taken().len(), "every row that was taken is marked, once");
+    }
+}

@@ -1,0 +1,78 @@
+//! Migrations: repeatable, harmless when two run at once, and never in a table of somebody else.
+
+use crate::support::World;
+use crate::support::process::run;
+use crate::support::world::Allowed;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_that_migrate_at_once_do_no_harm() {
+    let world = World::new().await;
+    world.sql("drop table outbox, outbox_migrations").await;
+    let env = world.pairs(&[]);
+    let (env, all) = (&env, 0..6);
+    let runs = all.map(|_| run(&["migrate"], env));
+    for (code, out, err) in futures_util::future::join_all(runs).await {
+        assert_eq!((code, out.as_str()), (0, "table outbox is up to date\n"), "{err}");
+    }
+    assert_eq!(world.number("select count(*) from outbox_migrations").await, 1);
+    assert_eq!(world.number("select count(*) from pg_tables where tablename like '\\_sqlx%'").await, 0);
+    world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_print_shows_can_be_run_by_hand_and_again_by_the_relay() {
+    let world = World::new().await;
+    world.sql("drop table outbox, outbox_migrations").await;
+    let (code, sql, err) = run(&["migrate", "--print"], &world.pairs(&[])).await;
+    assert_eq!(code, 0, "{err}");
+    world.sql(&sql).await;
+    world.sql(&sql).await;
+    let relay = world.relay(&[("OUTBOX_MIGRATE", "true")]).await;
+    world.sql("insert into outbox (routing_key, payload) values ('ok.1', '{}')").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn run_migrates_when_it_is_told_to() {
+    let world = World::new().await;
+    world.sql("drop table outbox, outbox_migrations").await;
+    let relay = world.relay(&[("OUTBOX_MIGRATE", "true")]).await;
+    relay.ready().await;
+    world.migrate("outbox").await;
+    world.write(10, 2).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_cannot_be_is_told_in_one_sentence() {
+    let world = World::new().await;
+    let refused = async |extra: &[(&str, &str)], sentence: &str| {
+        let (code, _, err) = run(&["migrate"], &world.pairs(extra)).await;
+        assert_eq!(code, 1, "{err}");
+        assert!(
+            err.starts_with("error: ") && err.contains(sentence) && err.trim_end().lines().count() == 1,
+            "{err:?} lacks {sentence:?}"
+        );
+    };
+    refused(&[("OUTBOX_TABLE", "nowhere.outbox")], "schema \"nowhere\" does not exist").await;
+    world.sql("create table other (id bigint)").await;
+    refused(&[("OUTBOX_TABLE", "other")], "cannot migrate table other").await;
+    world.sql("insert into outbox_migrations (version, description, success, checksum, execution_time) values (99, 'x', true, '', 0)").await;
+    refused(&[], "was migrated by a newer outbox-relay").await;
+    world.abandon();
+}
+
+/// The state machine is held by the table itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_cannot_be_delivered_and_dead() {
+    use sqlx::Executor;
+    let world = World::new().await;
+    world.sql("insert into outbox (routing_key, payload) values ('ok.1', '{}')").await;
+    let refused = world.db().await.execute("update outbox set delivered_at = now(), dead_at = now()").await;
+    assert!(refused.expect_err("refused").to_string().contains("outbox_one_end"));
+    world.abandon();
+}

@@ -1,0 +1,176 @@
+//! Promise 1: a committed row stays pending until it is confirmed and routed.
+
+use crate::support::world::Allowed;
+use crate::support::{World, eventually, rng};
+use sqlx::{Connection, Executor};
+
+/// Rows that no queue takes, at random among those that one takes: RabbitMQ acks both.
+async fn routable_and_unroutable_mixed(rows: i64) {
+    let world = World::new().await;
+    let mut rng = rng("routable_and_unroutable_mixed");
+    let seed = rng.f64() * 2.0 - 1.0;
+    world
+        .sql(&format!(
+            "select setseed({seed});
+             insert into outbox (routing_key, ordering_key, payload)
+             select case when random() < 0.333 then 'lost.' else 'ok.' end || i % 5,
+                    case when random() < 0.3 then 'key ' || i end, jsonb_build_object('i', i)
+             from generate_series(1, {rows}) i"
+        ))
+        .await;
+    let routable = world.number("select count(*) from outbox where routing_key like 'ok.%'").await;
+    let relay = world.relay(&[]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", routable).await;
+    world
+        .until("select count(*) from outbox where attempts > 0 and last_error like '%312%'", rows - routable)
+        .await;
+
+    // Exactly the routable are delivered, exactly the others are pending.
+    assert_eq!(
+        world
+            .number(
+                "select count(*) from outbox where delivered_at is not null and routing_key like 'lost.%'"
+            )
+            .await,
+        0
+    );
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    assert_eq!(i64::from(world.queue_depth().await), routable);
+
+    // The binding appears, and they arrive.
+    world.bind("lost.#").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exactly_the_routable_rows_are_delivered_and_the_others_wait_for_their_binding() {
+    routable_and_unroutable_mixed(10_000).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exactly_the_routable_rows_are_delivered_with_many_seeds() {
+    for _ in 0..8 {
+        routable_and_unroutable_mixed(1000).await;
+    }
+}
+
+/// A transaction that inserted first and commits last is delivered once, as soon as it commits,
+/// although larger ids were delivered long before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_commit_is_delivered() {
+    let world = World::new().await;
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
+    let mut slow = world.db().await;
+    let mut transaction = slow.begin().await.expect("begin");
+    transaction
+        .execute("insert into outbox (routing_key, payload) values ('ok.late', '{}')")
+        .await
+        .expect("insert");
+    world.write(500, 10).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    // Longer than ids are kept in mind when nobody could still use them.
+    tokio::time::sleep(std::time::Duration::from_secs(7)).await;
+    world.write(500, 10).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
+    transaction.commit().await.expect("commit");
+    let committed = std::time::Instant::now();
+    world.until("select count(*) from outbox where delivered_at is not null", 1001).await;
+    eprintln!("late commit delivered after {:?}", committed.elapsed());
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// Ids that rolled back are forgotten after a while; rows that were given an id long before their commit
+/// (hi/lo, sequence cache) are found by the sweep.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_taken_long_before_its_commit_is_found_by_the_sweep() {
+    let world = World::new().await;
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "2s")]).await;
+    // The id is taken and its transaction ends; the row comes with it much later.
+    let id = world.number("select nextval(pg_get_serial_sequence('outbox', 'id'))").await;
+    world.write(100, 10).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 100).await;
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    world
+        .sql(&format!("insert into outbox (id, routing_key, payload) values ({id}, 'ok.hilo', '{{}}')"))
+        .await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_scheduled_for_later_is_sent_then_and_holds_back_nobody() {
+    let world = World::new().await;
+    world
+        .sql(
+            "insert into outbox (routing_key, ordering_key, payload, available_at)
+             values ('ok.later', 'k', '{}', clock_timestamp() + interval '2 seconds');
+             insert into outbox (routing_key, ordering_key, payload) values ('ok.now', 'k', '{}')",
+        )
+        .await;
+    let relay = world.relay(&[]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 1).await;
+    assert_eq!(
+        world.text("select routing_key from outbox where delivered_at is not null").await.as_deref(),
+        Some("ok.now")
+    );
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { disorder: true, ..Allowed::default() }).await;
+}
+
+/// `OUTBOX_UNROUTABLE=dead` and `accept`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_unroutable_setting_is_obeyed() {
+    let world = World::new().await;
+    world.sql("insert into outbox (routing_key, payload) values ('lost.1', '{}')").await;
+    let relay = world.relay(&[("OUTBOX_UNROUTABLE", "dead")]).await;
+    world.until("select count(*) from outbox where dead_at is not null and attempts = 1", 1).await;
+    relay.stop().await.expect("clean stop");
+
+    world.sql("insert into outbox (routing_key, payload) values ('lost.2', '{}')").await;
+    let relay = world.relay(&[("OUTBOX_UNROUTABLE", "accept")]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 1).await;
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
+/// A dead row that an operator sends again is delivered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_row_can_be_sent_again() {
+    let world = World::new().await;
+    world.sql("insert into outbox (routing_key, payload) values ('lost.1', '{}')").await;
+    let relay = world.relay(&[("OUTBOX_UNROUTABLE", "dead"), ("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
+    world.until("select count(*) from outbox where dead_at is not null", 1).await;
+    world.bind("lost.#").await;
+    world.sql("update outbox set dead_at = null, attempts = 0, last_error = null, available_at = clock_timestamp()").await;
+    world.drained().await;
+    eventually("the message is there", async || world.queue_depth().await == 1).await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delivered_rows_are_deleted_when_retention_is_zero() {
+    let world = World::new().await;
+    world.write(1000, 50).await;
+    let relay = world.relay(&[("OUTBOX_RETENTION", "0")]).await;
+    world.until("select count(*) from outbox", 0).await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delivered_rows_are_purged_after_the_retention_and_no_others() {
+    let world = World::new().await;
+    world.write(3000, 50).await;
+    world.sql("insert into outbox (routing_key, payload) values ('lost.1', '{}')").await;
+    let relay = world.relay(&[("OUTBOX_RETENTION", "1s")]).await;
+    world.until("select count(*) from outbox", 1).await;
+    assert_eq!(world.text("select routing_key from outbox").await.as_deref(), Some("lost.1"));
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, pending: true, ..Allowed::default() }).await;
+}

@@ -1,0 +1,187 @@
+//! Promise 6: an outage is not a failure. No attempt is lost, nothing is dead, nobody restarts anything.
+
+use crate::support::proxy::{Link, Proxy};
+use crate::support::world::Allowed;
+use crate::support::{World, eventually};
+use std::time::Duration;
+
+/// A drain of 100 000 rows while the broker is stopped for ten seconds and the database is restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_survives_a_restart_of_the_broker_and_of_the_database() {
+    let world = World::alone().await;
+    world.write(100_000, 1000).await;
+    let relay = world.process(&[]).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 5_000).await;
+
+    world.servers().control("stop", "rabbitmq").await;
+    eventually("health says that the broker is away", async || {
+        let (status, body) = relay.get("/health").await;
+        status == 503 && body.contains("broker")
+    })
+    .await;
+    assert_eq!(relay.get("/livez").await.0, 200, "an outage must not restart the relay");
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    world.servers().control("start", "rabbitmq").await;
+    let before = world.number("select count(*) from outbox where delivered_at is not null").await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", before + 5_000).await;
+
+    world.servers().control("restart", "postgres").await;
+    world.drained().await;
+    eventually("health is good again", async || relay.get("/health").await.0 == 200).await;
+    assert!(relay.terminate().await.success(), "the same process from start to end");
+    // Two outages, each of which leaves at most the window without an answer.
+    world.finish(Allowed { duplicates: 2 * 2000, ..Allowed::default() }).await;
+}
+
+/// The broker is killed and frozen under load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_is_killed_or_freezes_is_waited_for() {
+    let world = World::alone().await;
+    world.write(30_000, 300).await;
+    let relay = world.relay(&[]).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 2_000).await;
+    world.servers().control("kill", "rabbitmq").await;
+    world.servers().control("start", "rabbitmq").await;
+    world.write(30_000, 300).await;
+    relay.ready().await;
+    world.servers().control("pause", "rabbitmq").await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    world.servers().control("resume", "rabbitmq").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { duplicates: 2 * 2000, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_are_away_at_the_start_are_waited_for() {
+    let world = World::alone().await;
+    world.write(100, 10).await;
+    world.servers().control("stop", "rabbitmq").await;
+    world.servers().control("stop", "postgres").await;
+    let relay = world.process(&[]).await;
+    eventually("not ready, with the reason", async || {
+        let (status, reason) = relay.get("/readyz").await;
+        status == 503 && reason.contains("database")
+    })
+    .await;
+    world.servers().control("start", "postgres").await;
+    eventually("the broker is what is missing", async || {
+        let (status, body) = relay.get("/health").await;
+        status == 503 && body.contains("\"reason\":\"broker")
+    })
+    .await;
+    assert_eq!(relay.get("/livez").await.0, 200);
+    world.servers().control("start", "rabbitmq").await;
+    eventually("ready by itself", async || relay.get("/readyz").await.0 == 200).await;
+    world.drained().await;
+    assert!(relay.terminate().await.success());
+    world.finish(Allowed::default()).await;
+}
+
+/// A memory alarm: the broker blocks publishers; health says so; all drains when it is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_memory_alarm_is_waited_out() {
+    let world = World::alone().await;
+    let relay = world.process(&[("OUTBOX_CONFIRM_TIMEOUT", "2s")]).await;
+    world.write(100, 10).await;
+    world.drained().await;
+    world.servers().rabbitmqctl(&["set_vm_memory_high_watermark", "0.00001"]).await;
+    world.write(20_000, 100).await;
+    eventually("health says blocked", async || relay.get("/health").await.1.contains("\"blocked\"")).await;
+    let (status, _) = relay.get("/health").await;
+    assert_eq!(status, 503);
+    assert_eq!(relay.get("/readyz").await.0, 200, "a broker that blocks is reachable");
+    let before = relay.rss();
+    // Longer than the confirm time-out: its clock must stand still.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let grown = relay.rss().saturating_sub(before);
+    assert!(grown < 20 << 20, "memory grew by {grown} bytes while blocked");
+    world.servers().rabbitmqctl(&["set_vm_memory_high_watermark", "0.8"]).await;
+    world.drained().await;
+    assert!(relay.terminate().await.success());
+    world.finish(Allowed::default()).await;
+}
+
+/// Links that are cut or go silent, to the broker and to the database.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_is_cut_or_silent_is_made_anew() {
+    let world = World::new().await;
+    let broker = Proxy::to(&world.servers().amqp_url).await;
+    let database = Proxy::to(&world.database_url).await;
+    let (amqp_url, database_url) = (broker.url(&world.servers().amqp_url), database.url(&world.database_url));
+    let relay = world
+        .relay(&[("AMQP_URL", &amqp_url), ("DATABASE_URL", &database_url), ("OUTBOX_CONFIRM_TIMEOUT", "1s")])
+        .await;
+    relay.ready().await;
+    let mut faults = 0;
+    for _ in 0..3 {
+        for proxy in [&broker, &database] {
+            world.write(3_000, 50).await;
+            proxy.set(Link::Cut);
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            proxy.set(Link::Pass);
+            faults += 1;
+        }
+    }
+    world.write(3_000, 50).await;
+    broker.set(Link::Silent);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    broker.set(Link::Cut);
+    broker.set(Link::Pass);
+    faults += 3;
+    world.drained().await;
+    assert!(relay.metric("reconnects_total{peer=\"broker\"}").await >= 3.0);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { duplicates: faults * 2000, ..Allowed::default() }).await;
+}
+
+/// Database connections killed again and again while rows flow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_database_connections_cost_nothing() {
+    let world = World::new().await;
+    let relay = world.relay(&[]).await;
+    for _ in 0..40 {
+        world.write(500, 50).await;
+        world
+            .sql("select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'outbox-relay' and datname = current_database()")
+            .await;
+    }
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    // A confirmed row stays in memory until it is marked, so a lost database costs no duplicates.
+    world.finish(Allowed::default()).await;
+}
+
+/// The exchange is deleted and made again while rows flow to it and to others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deleted_exchange_holds_up_nobody_else() {
+    let world = World::new().await;
+    let other = format!("{}_other", world.name);
+    world.sql(&format!("insert into outbox (exchange, routing_key, ordering_key, payload) select '{other}', 'ok.1', 'k' || i % 5, '1' from generate_series(1, 300) i")).await;
+    world.write(3_000, 50).await;
+    let relay = world.relay(&[]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 3_000).await;
+    world.until_at_least("select count(*) from outbox where last_error like '%no exchange%'", 5).await;
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    world.declare_other(&other).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
+/// A wrong login is said in one sentence and tried on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_login_is_told_and_tried_on() {
+    let world = World::new().await;
+    let mut amqp = url::Url::parse(&world.servers().amqp_url).expect("URL");
+    amqp.set_password(Some("not-the-password")).expect("password");
+    let relay = world.relay(&[("AMQP_URL", amqp.as_str())]).await;
+    eventually("the refusal is told", async || {
+        let (status, body) = relay.get("/readyz").await;
+        status == 503 && body.contains("ACCESS_REFUSED") && !body.contains("not-the-password")
+    })
+    .await;
+    assert_eq!(relay.get("/livez").await.0, 200);
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}

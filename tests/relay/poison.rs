@@ -1,0 +1,99 @@
+//! Promise 7: a row that can never be delivered is set aside with its reason; nobody waits for it.
+
+use crate::support::World;
+use crate::support::world::Allowed;
+
+/// Poison among good rows of the same key: only the poison is dead, each with a reason for people.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_the_poison_is_dead() {
+    let world = World::new().await;
+    let poison = [
+        ("repeat('r', 300)", "'{}'", "routing_key is 300 bytes long, AMQP allows 255"),
+        ("'ok.1'", "'[1, 2]'", "headers are an array, expected a JSON object"),
+        ("'ok.1'", "'\"text\"'", "headers are a string, expected a JSON object"),
+        ("'ok.1'", "jsonb_build_object('h', repeat('x', 1000000))", "more than the broker's frame"),
+        ("'ok.1'", "jsonb_build_object(repeat('n', 300), 1)", "AMQP allows 255"),
+        ("'ok.1'", "'{\"n\": 18446744073709551615}'", "does not fit into 64 bits"),
+    ];
+    for (routing_key, headers, _) in poison {
+        world.write(50, 3).await;
+        world.sql(&format!("insert into outbox (routing_key, ordering_key, payload, headers) values ({routing_key}, 'key 1', '{{}}', {headers})")).await;
+    }
+    world.write(50, 3).await;
+    let relay = world.relay(&[]).await;
+    world.drained().await;
+    for (_, _, reason) in poison {
+        let found = world
+            .number(&format!(
+                "select count(*) from outbox where dead_at is not null and last_error like '%{}%'",
+                reason.replace('\'', "''")
+            ))
+            .await;
+        assert!(found >= 1, "no dead row says {reason:?}");
+    }
+    assert_eq!(
+        world.number("select count(*) from outbox where dead_at is not null").await,
+        poison.len() as i64
+    );
+    world.until_health_dead(&relay, poison.len() as u64).await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { dead: true, ..Allowed::default() }).await;
+}
+
+/// A payload over the broker's limit closes the channel under all others in flight. They are sent again, the
+/// culprit is named by its size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_over_the_brokers_limit_is_dead_and_the_others_go_on() {
+    let world = World::alone().await;
+    world.servers().rabbitmqctl(&["eval", "persistent_term:put(max_message_size, 100000), application:set_env(rabbit, max_message_size, 100000)."]).await;
+    for _ in 0..3 {
+        world.write(200, 20).await;
+        world.sql("insert into outbox (routing_key, ordering_key, payload) values ('ok.1', 'key 1', to_jsonb(repeat('x', 200000)))").await;
+    }
+    world.write(200, 20).await;
+    let relay = world.relay(&[]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null and last_error like '%max%size%100000%'").await, 3);
+    world.finish(Allowed { dead: true, duplicates: 3 * 2000, ..Allowed::default() }).await;
+}
+
+/// What the broker refuses without naming the culprit (an invalid CC header) is found one by one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_culprit_that_is_not_named_is_found_one_by_one() {
+    let world = World::new().await;
+    world.write(100, 10).await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload, headers) values ('ok.1', 'key 1', '{}', '{\"CC\": \"no array\"}')").await;
+    world.write(100, 10).await;
+    let relay = world.relay(&[("OUTBOX_MAX_ATTEMPTS", "2"), ("OUTBOX_WORKERS", "1")]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    assert_eq!(
+        world.number("select count(*) from outbox where dead_at is not null and attempts = 2").await,
+        1
+    );
+    eprintln!("reason: {:?}", world.text("select last_error from outbox where dead_at is not null").await);
+    world.finish(Allowed { dead: true, duplicates: 2000, ..Allowed::default() }).await;
+}
+
+/// A full queue (reject-publish) nacks; its rows wait and are never dead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_queue_is_waited_for() {
+    let world = World::new().await;
+    let full = format!("{}_full", world.name);
+    world.declare_full_queue(&full, 5).await;
+    world.sql(&format!("insert into outbox (exchange, routing_key, ordering_key, payload) select '', '{full}', 'k' || i, '1' from generate_series(1, 20) i")).await;
+    world.write(500, 20).await;
+    let relay = world.relay(&[("OUTBOX_MAX_ATTEMPTS", "1")]).await;
+    world
+        .until("select count(*) from outbox where delivered_at is not null and routing_key like 'ok%'", 500)
+        .await;
+    world.until_at_least("select count(*) from outbox where last_error like '%nack%'", 10).await;
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    while world.number("select count(*) from outbox where delivered_at is null").await > 0 {
+        world.purge_queue(&full).await;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}

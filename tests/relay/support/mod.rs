@@ -1,0 +1,37 @@
+//! What the tests stand on: real servers, a world per test, a relay to run in it, and a check of the
+//! promises when the world is finished.
+//!
+//! Nothing here sleeps in the hope that something has happened: waiting is on a condition with a
+//! deadline ([`eventually`]).
+
+pub mod checker;
+pub mod process;
+pub mod proxy;
+pub mod scripted;
+pub mod servers;
+pub mod world;
+
+pub use world::World;
+
+use std::time::{Duration, Instant};
+
+/// Longest a condition may take to come true before a test has failed. Generous: the machine may be
+/// busy, and a condition that holds is noticed at once.
+pub const DEADLINE: Duration = Duration::from_secs(90);
+
+/// Waits until the condition holds. Panics at the deadline with what was waited for.
+pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let begun = Instant::now();
+    while !condition().await {
+        assert!(begun.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain for: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Random numbers with a seed that is printed, so that a failure can be repeated with `TEST_SEED`.
+pub fn rng(name: &str) -> fastrand::Rng {
+    let seed = std::env::var("TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    eprintln!("{name}: TEST_SEED={seed}");
+    fastrand::Rng::with_seed(seed)
+}

@@ -1,0 +1,62 @@
+//! A sink that does what a script says: for failures that no real broker can be made to play on cue.
+
+use outbox_relay::sink::{Publisher, Sink, SinkState, Verdict};
+use outbox_relay::store::Row;
+use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
+
+type Script = Box<dyn FnMut(&Row) -> Verdict + Send>;
+
+/// Asks its script about every row. Clones share it.
+#[derive(Clone)]
+pub struct ScriptedSink {
+    script: Arc<Mutex<Script>>,
+    taken: Arc<Mutex<Vec<Row>>>,
+    state: watch::Sender<SinkState>,
+}
+
+impl ScriptedSink {
+    pub fn new(script: impl FnMut(&Row) -> Verdict + Send + 'static) -> Self {
+        let state = watch::Sender::new(SinkState::Ready);
+        Self { script: Arc::new(Mutex::new(Box::new(script))), taken: Arc::default(), state }
+    }
+
+    /// Rows it took, in order; a row may be there twice.
+    pub fn taken(&self) -> Vec<Row> {
+        self.taken.lock().unwrap().clone()
+    }
+
+    pub fn set_state(&self, state: SinkState) {
+        self.state.send_replace(state);
+    }
+}
+
+impl Sink for ScriptedSink {
+    type Publisher = Self;
+
+    fn publisher(&self) -> Self {
+        self.clone()
+    }
+
+    fn state(&self) -> watch::Receiver<SinkState> {
+        self.state.subscribe()
+    }
+
+    async fn close(&self) {}
+}
+
+impl Publisher for ScriptedSink {
+    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+        tokio::task::yield_now().await;
+        let mut script = self.script.lock().unwrap();
+        let mut verdicts = Vec::with_capacity(batch.len());
+        for row in batch {
+            let verdict = script(row);
+            if verdict.is_ok() {
+                self.taken.lock().unwrap().push(row.clone());
+            }
+            verdicts.push(verdict);
+        }
+        verdicts
+    }
+}

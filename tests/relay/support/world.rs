@@ -1,0 +1,422 @@
+//! One test's world: a database, an exchange and a queue of its own, writers, and a relay in it.
+//!
+//! The queue is the consumer's ledger: what was delivered lies in it in order until the world is
+//! finished. A trigger copies every committed row into table `written`, which is the writers' ledger.
+//! [`World::finish`] compares the two with the outbox; dropping a world without finishing it fails.
+
+use super::checker::{Received, check};
+use super::process::RelayProcess;
+use super::servers::Servers;
+use super::{DEADLINE, eventually};
+use futures_util::StreamExt;
+use lapin::options::{
+    BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use outbox_relay::config::{Settings, Sources};
+use outbox_relay::http::Health;
+use outbox_relay::relay::{Relay, RelayError};
+use outbox_relay::sink::RabbitMq;
+use outbox_relay::store::PostgresStore;
+use outbox_relay::store::postgres::{Connector, migrate};
+use outbox_relay::telemetry::Metrics;
+use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// Retries quick enough for a test.
+const QUICK: [(&str, &str); 3] =
+    [("OUTBOX_RETRY_MIN", "20ms"), ("OUTBOX_RETRY_MAX", "500ms"), ("OUTBOX_LOG", "info,outbox_relay=debug")];
+
+/// What a test allows beyond the strictest reading of the promises.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Allowed {
+    /// Deliveries beyond the first of a row.
+    pub duplicates: usize,
+    /// Rows may have attempts: the test makes the broker refuse some.
+    pub refusals: bool,
+    /// Rows may be dead: the test writes poison.
+    pub dead: bool,
+    /// Rows may still be pending.
+    pub pending: bool,
+    /// Keys are not ordered: ordering none, or pipelined with refusals.
+    pub disorder: bool,
+}
+
+/// A test's world.
+#[derive(Debug)]
+pub struct World {
+    servers: Holder,
+    /// The database of this test.
+    pub database_url: String,
+    /// Exchange and queue of this test; the queue is bound with `ok.#`.
+    pub name: String,
+    finished: bool,
+}
+
+#[derive(Debug)]
+enum Holder {
+    Shared(&'static Servers),
+    Own(Box<Servers>),
+}
+
+impl World {
+    /// A world on the shared servers.
+    pub async fn new() -> Self {
+        let servers = tokio::task::spawn_blocking(Servers::shared).await.expect("servers");
+        Self::on(Holder::Shared(servers)).await
+    }
+
+    /// A world on servers of its own, for tests that break them.
+    pub async fn alone() -> Self {
+        let servers = tokio::task::spawn_blocking(Servers::start).await.expect("servers");
+        Self::on(Holder::Own(Box::new(servers))).await
+    }
+
+    async fn on(servers: Holder) -> Self {
+        let name = format!("t_{:016x}", fastrand::u64(..));
+        let mut world = Self { servers, database_url: String::new(), name: name.clone(), finished: false };
+        let mut admin = PgConnection::connect(&world.servers().database_url).await.expect("database");
+        admin.execute(AssertSqlSafe(format!("create database {name}"))).await.expect("create database");
+        let (base, _) = world.servers().database_url.rsplit_once('/').expect("URL with a database");
+        world.database_url = format!("{base}/{name}");
+        world.migrate("outbox").await;
+        world.declare().await;
+        world.bind("ok.#").await;
+        world
+    }
+
+    /// The servers under this world.
+    pub fn servers(&self) -> &Servers {
+        match &self.servers {
+            Holder::Shared(servers) => servers,
+            Holder::Own(servers) => servers,
+        }
+    }
+
+    /// Creates an outbox table and the trigger that keeps the writers' ledger.
+    pub async fn migrate(&self, table: &str) {
+        let pairs = self.pairs(&[("OUTBOX_TABLE", table)]);
+        let settings = resolve(&pairs);
+        migrate::run(&Connector::new(settings.database, false), &settings.table).await.expect("migrate");
+        let sql = format!(
+            "create table if not exists written (
+                 id bigint, message_id uuid, ordering_key text, routing_key text, body bytea);
+             create or replace function keep_written() returns trigger language plpgsql as $$
+             begin
+                 insert into written values (new.id, new.message_id, new.ordering_key, new.routing_key,
+                     case when pg_typeof(new.payload) = 'bytea'::regtype then new.payload::text::bytea
+                          else convert_to(new.payload::text, 'UTF8') end);
+                 return null;
+             end $$;
+             create trigger keep_written after insert on {table} for each row execute function keep_written();"
+        );
+        self.sql(&sql).await;
+    }
+
+    /// A connection to this world's database.
+    pub async fn db(&self) -> PgConnection {
+        let begun = std::time::Instant::now();
+        loop {
+            match PgConnection::connect(&self.database_url).await {
+                Ok(connection) => return connection,
+                Err(error) => assert!(begun.elapsed() < DEADLINE, "database: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Runs statements.
+    pub async fn sql(&self, sql: &str) {
+        let done = self.db().await.execute(AssertSqlSafe(sql.to_owned())).await;
+        done.unwrap_or_else(|error| panic!("{error} in: {sql}"));
+    }
+
+    /// A count, or any other single number.
+    pub async fn number(&self, sql: &str) -> i64 {
+        let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
+        query.fetch_one(&mut self.db().await).await.unwrap_or_else(|error| panic!("{error} in: {sql}"))
+    }
+
+    /// A single text.
+    pub async fn text(&self, sql: &str) -> Option<String> {
+        let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
+        query.fetch_one(&mut self.db().await).await.unwrap_or_else(|error| panic!("{error} in: {sql}"))
+    }
+
+    /// Waits until a count is this.
+    pub async fn until(&self, sql: &str, expected: i64) {
+        eventually(&format!("{expected} = {sql}"), async || {
+            let mut db = self.db().await;
+            let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql.to_owned()));
+            query.fetch_one(&mut db).await.is_ok_and(|found| found == expected)
+        })
+        .await;
+    }
+
+    /// Waits until a count has reached this.
+    pub async fn until_at_least(&self, sql: &str, expected: i64) {
+        eventually(&format!("at least {expected} = {sql}"), async || {
+            let mut db = self.db().await;
+            let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql.to_owned()));
+            query.fetch_one(&mut db).await.is_ok_and(|found| found >= expected)
+        })
+        .await;
+    }
+
+    /// Waits until health counts this many dead rows.
+    pub async fn until_health_dead(&self, relay: &RunningRelay, dead: u64) {
+        eventually("health counts the dead rows", async || relay.health().await.dead == Some(dead)).await;
+    }
+
+    /// Runs statements as superuser.
+    pub async fn superuser(&self, sql: &str) {
+        let url = self.servers().superuser_url.as_deref().unwrap_or(&self.database_url);
+        let mut db = PgConnection::connect(url).await.expect("database");
+        db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
+    }
+
+    /// Waits until no row is pending.
+    pub async fn drained(&self) {
+        self.until("select count(*) from outbox where delivered_at is null and dead_at is null", 0).await;
+    }
+
+    /// Commits `rows` rows over `keys` keys, routed to the queue.
+    pub async fn write(&self, rows: i64, keys: i64) {
+        self.sql(&format!(
+            "insert into outbox (routing_key, ordering_key, payload)
+             select 'ok.' || i % 7, 'key ' || i % {keys}, jsonb_build_object('i', i)
+             from generate_series(1, {rows}) i"
+        ))
+        .await;
+    }
+
+    /// A connection to the broker.
+    pub async fn amqp(&self) -> Connection {
+        let begun = std::time::Instant::now();
+        loop {
+            let url = &self.servers().amqp_url;
+            match tokio::time::timeout(
+                Duration::from_secs(5),
+                Connection::connect(url, ConnectionProperties::default()),
+            )
+            .await
+            {
+                Ok(Ok(connection)) => return connection,
+                error => assert!(begun.elapsed() < DEADLINE, "broker: {error:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    async fn declare(&self) {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        let name = self.name.as_str();
+        channel
+            .exchange_declare(name.into(), ExchangeKind::Topic, durable, FieldTable::default())
+            .await
+            .expect("exchange");
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(name.into(), durable, FieldTable::default()).await.expect("queue");
+    }
+
+    /// Declares another topic exchange that leads to the queue of this world.
+    pub async fn declare_other(&self, exchange: &str) {
+        let (connection, name) = (self.amqp().await, self.name.as_str());
+        let channel = connection.create_channel().await.expect("channel");
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        channel
+            .exchange_declare(exchange.into(), ExchangeKind::Topic, durable, FieldTable::default())
+            .await
+            .expect("exchange");
+        let options = QueueBindOptions::default();
+        channel
+            .queue_bind(name.into(), exchange.into(), "#".into(), options, FieldTable::default())
+            .await
+            .expect("bind");
+    }
+
+    /// Declares a queue that refuses more than so many messages.
+    pub async fn declare_full_queue(&self, queue: &str, length: i64) {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(length));
+        arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(queue.into(), durable, arguments).await.expect("queue");
+    }
+
+    /// Empties a queue.
+    pub async fn purge_queue(&self, queue: &str) {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.expect("purge");
+    }
+
+    /// Binds the queue.
+    pub async fn bind(&self, pattern: &str) {
+        let (connection, name) = (self.amqp().await, self.name.as_str());
+        let channel = connection.create_channel().await.expect("channel");
+        let options = QueueBindOptions::default();
+        channel
+            .queue_bind(name.into(), name.into(), pattern.into(), options, FieldTable::default())
+            .await
+            .expect("bind");
+    }
+
+    /// Takes a binding away.
+    pub async fn unbind(&self, pattern: &str) {
+        let (connection, name) = (self.amqp().await, self.name.as_str());
+        let channel = connection.create_channel().await.expect("channel");
+        let arguments = FieldTable::default();
+        channel.queue_unbind(name.into(), name.into(), pattern.into(), arguments).await.expect("unbind");
+    }
+
+    /// Messages lying in the queue.
+    pub async fn queue_depth(&self) -> u32 {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = channel.queue_declare(self.name.as_str().into(), passive, FieldTable::default()).await;
+        queue.expect("queue").message_count()
+    }
+
+    /// Takes everything out of the queue, in order.
+    pub async fn take_messages(&self) -> Vec<Received> {
+        let depth = self.queue_depth().await as usize;
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+        let consumer =
+            channel.basic_consume(self.name.as_str().into(), "ledger".into(), options, FieldTable::default());
+        let mut deliveries = consumer.await.expect("consume");
+        let mut received = Vec::with_capacity(depth);
+        while received.len() < depth {
+            let delivery =
+                tokio::time::timeout(DEADLINE, deliveries.next()).await.expect("a message in time");
+            received.push(Received::new(delivery.expect("subscription").expect("delivery")));
+        }
+        let _ = connection.close(200, "done".into()).await;
+        received
+    }
+
+    /// Environment of a relay in this world.
+    pub fn pairs(&self, extra: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let own = [
+            ("DATABASE_URL", self.database_url.as_str()),
+            ("AMQP_URL", self.servers().amqp_url.as_str()),
+            ("OUTBOX_EXCHANGE", self.name.as_str()),
+            ("OUTBOX_HTTP_LISTEN", "127.0.0.1:0"),
+        ];
+        let all = own.iter().chain(&QUICK).chain(extra);
+        all.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    /// A relay inside this process.
+    pub async fn relay(&self, extra: &[(&str, &str)]) -> RunningRelay {
+        RunningRelay::start(resolve(&self.pairs(extra))).await
+    }
+
+    /// A relay as a process of its own.
+    pub async fn process(&self, extra: &[(&str, &str)]) -> RelayProcess {
+        RelayProcess::start(&self.pairs(extra)).await
+    }
+
+    /// Checks the promises against both ledgers and the table; panics with a counter-example.
+    pub async fn finish(self, allowed: Allowed) {
+        let received = self.take_messages().await;
+        self.finish_with(received, allowed).await;
+    }
+
+    /// The same, for messages that were taken before.
+    pub async fn finish_with(mut self, received: Vec<Received>, allowed: Allowed) {
+        self.finished = true;
+        check(&mut self.db().await, &received, allowed).await;
+    }
+
+    /// For worlds whose queue says nothing, because the test is not about deliveries.
+    pub fn abandon(mut self) {
+        self.finished = true;
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        assert!(
+            self.finished || std::thread::panicking(),
+            "a world must be finished, so that its promises are checked"
+        );
+    }
+}
+
+/// Settings from an environment.
+pub fn resolve(pairs: &BTreeMap<String, String>) -> Settings {
+    let pairs = pairs.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    Settings::resolve(&Sources::from_env(pairs).expect("sources")).expect("settings")
+}
+
+/// A relay that runs inside the test's process.
+#[derive(Debug)]
+pub struct RunningRelay {
+    /// Where its HTTP endpoint listens.
+    pub address: SocketAddr,
+    stop: CancellationToken,
+    ended: JoinHandle<Result<(), RelayError>>,
+}
+
+impl RunningRelay {
+    /// Starts a relay between Postgres and RabbitMQ.
+    pub async fn start(settings: Settings) -> Self {
+        let metrics = Arc::new(Metrics::default());
+        let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
+        let store = PostgresStore::new(connector, &settings);
+        let sink = RabbitMq::connect(settings.amqp.clone(), settings.confirm_timeout, Arc::clone(&metrics));
+        Self::spawn(Relay::new(settings, store, sink, metrics)).await
+    }
+
+    /// Runs any relay.
+    pub async fn spawn<S: outbox_relay::store::Store, K: outbox_relay::sink::Sink>(
+        relay: Relay<S, K>,
+    ) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
+        let address = listener.local_addr().expect("address");
+        let stop = CancellationToken::new();
+        let ended = tokio::spawn(relay.run(listener, stop.clone()));
+        Self { address, stop, ended }
+    }
+
+    /// Stops it and waits for the end.
+    pub async fn stop(self) -> Result<(), RelayError> {
+        self.stop.cancel();
+        tokio::time::timeout(DEADLINE, self.ended).await.expect("the relay ends").expect("no panic")
+    }
+
+    /// Status and body of a path.
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        super::process::get(self.address, path).await
+    }
+
+    /// The health report.
+    pub async fn health(&self) -> Health {
+        serde_json::from_str(&self.get("/health").await.1).expect("health JSON")
+    }
+
+    /// The value of a metric, by its name with labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        super::process::metric(&self.get("/metrics").await.1, name)
+    }
+
+    /// Waits until `/readyz` says 200.
+    pub async fn ready(&self) {
+        eventually("ready", async || self.get("/readyz").await.0 == 200).await;
+    }
+}

@@ -1,0 +1,145 @@
+//! Promise 12: metrics and health agree with the table.
+
+use crate::support::world::Allowed;
+use crate::support::{World, eventually};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_and_metrics_agree_with_the_table() {
+    let world = World::new().await;
+    world.write(500, 20).await;
+    world.sql("insert into outbox (routing_key, ordering_key, payload) select 'lost.' || i, 'stuck ' || i % 3, '{}' from generate_series(1, 6) i").await;
+    world.sql("insert into outbox (routing_key, payload, headers) values ('ok.1', '{}', '[]')").await;
+    let relay = world.relay(&[]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 3).await;
+    eventually("the census has seen it", async || {
+        let health = relay.health().await;
+        [health.pending, health.waiting, health.dead, health.blocked_keys] == [6, 3, 1, 3].map(Some)
+    })
+    .await;
+    let health = relay.health().await;
+    assert_eq!(health.status, "ok");
+    assert!(health.oldest_pending_seconds > Some(0.0));
+    for (metric, value) in [
+        ("pending_messages", 6.0),
+        ("waiting_messages", 3.0),
+        ("dead_messages", 1.0),
+        ("blocked_keys", 3.0),
+        ("messages_total{result=\"delivered\"}", 500.0),
+        ("messages_total{result=\"dead\"}", 1.0),
+        ("possible_duplicates_total", 0.0),
+        ("end_to_end_seconds_count", 500.0),
+        ("owned_shards", 16.0),
+    ] {
+        assert_eq!(relay.metric(metric).await, value, "{metric}");
+    }
+    assert!(relay.metric("messages_total{result=\"returned\"}").await >= 3.0);
+    world.bind("lost.#").await;
+    world.drained().await;
+    eventually("the census has seen it", async || relay.health().await.pending == Some(0)).await;
+    assert_eq!(relay.health().await.oldest_pending_seconds, Some(0.0));
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, dead: true, ..Allowed::default() }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_endpoint_answers_nonsense_with_an_error() {
+    let world = World::new().await;
+    let relay = world.relay(&[]).await;
+    relay.ready().await;
+    assert_eq!(relay.get("/").await.0, 404);
+    assert_eq!(relay.get("/health/../../etc/passwd").await.0, 404);
+    assert_eq!(relay.get("/livez").await, (200, "ok\n".to_owned()));
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
+/// A table that is missing or of the wrong shape is said in one sentence, and taken up when it is mended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_does_not_fit_is_told_and_taken_up_when_mended() {
+    let world = World::new().await;
+    world.sql("alter table outbox rename to elsewhere").await;
+    let relay = world.relay(&[]).await;
+    let told = async |sentence: &str| {
+        eventually(sentence, async || {
+            let (status, body) = relay.get("/readyz").await;
+            status == 503 && body.contains(sentence)
+        })
+        .await;
+    };
+    told("table outbox does not exist; run `outbox-relay migrate`").await;
+    world
+        .sql("alter table elsewhere rename to outbox; alter table outbox drop column available_at cascade")
+        .await;
+    told("table outbox lacks column available_at").await;
+    world.sql("alter table outbox add column available_at timestamptz not null default clock_timestamp(), alter column message_id type text").await;
+    told("column message_id of table outbox is text, expected uuid").await;
+    world.sql("drop table outbox").await;
+    world.sql("drop table outbox_migrations").await;
+    world.migrate("outbox").await;
+    world.write(10, 1).await;
+    world.drained().await;
+    relay.ready().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// `check` finds each problem, names the remedy, and has its exit code.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_finds_what_is_wrong_and_says_the_remedy() {
+    let world = World::new().await;
+    let check =
+        async |extra: &[(&str, &str)]| crate::support::process::run(&["check"], &world.pairs(extra)).await;
+    let (code, out, _) = check(&[]).await;
+    assert_eq!((code, out.contains("all well")), (0, true), "{out}");
+
+    let expect = async |extra: &[(&str, &str)], problem: &str, remedy: &str| {
+        let (code, out, _) = check(extra).await;
+        assert_eq!(code, 3, "{out}");
+        assert!(out.contains(problem) && out.contains(remedy), "{out} lacks {problem:?} or {remedy:?}");
+    };
+    expect(&[("OUTBOX_TABLE", "nothing")], "table nothing does not exist", "migrate").await;
+    expect(&[("OUTBOX_EXCHANGE", "nothing")], "no exchange 'nothing'", "declare it").await;
+    expect(&[("DATABASE_URL", "postgres://nobody:x@127.0.0.1:1/x")], "cannot connect", "check DATABASE_URL")
+        .await;
+    expect(&[("AMQP_URL", "amqp://nobody:x@127.0.0.1:1/x")], "cannot connect", "check AMQP_URL").await;
+    let wrong_login = world.servers().amqp_url.replace("outbox:outbox@", "outbox:wrong@");
+    expect(&[("AMQP_URL", &wrong_login)], "ACCESS_REFUSED", "check AMQP_URL").await;
+    let wrong_login = world.database_url.replace("outbox:outbox@", "outbox:wrong@");
+    expect(&[("DATABASE_URL", &wrong_login)], "password authentication failed", "check DATABASE_URL").await;
+
+    world.sql("alter table outbox alter column id set cache 50").await;
+    expect(&[], "its cache is 50", "set cache 1").await;
+    world.sql("alter table outbox alter column id set cache 1; drop index outbox_pending").await;
+    expect(&[], "index for the poll", "migrate").await;
+    world.sql("create index outbox_pending on outbox (id) where delivered_at is null and dead_at is null; drop index outbox_waiting").await;
+    expect(&[], "index for waiting rows", "migrate").await;
+    world.sql("alter table outbox drop column last_error").await;
+    expect(&[], "lacks column last_error", "migrate").await;
+    world.abandon();
+}
+
+/// A relay role without a right is told which, and how to grant it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_finds_missing_grants() {
+    let world = World::new().await;
+    let role = format!("{}_role", world.name);
+    world.superuser(&format!("create role {role} login password 'secret'")).await;
+    world.sql(&format!("grant select, update on outbox to {role}")).await;
+    let mut url = url::Url::parse(&world.database_url).expect("URL");
+    url.set_username(&role).and_then(|()| url.set_password(Some("secret"))).expect("URL");
+    let (code, out, _) =
+        crate::support::process::run(&["check"], &world.pairs(&[("DATABASE_URL", url.as_str())])).await;
+    assert_eq!(code, 3, "{out}");
+    assert!(
+        out.contains("grant to delete: it is missing; run as owner of the table: grant delete on \"outbox\""),
+        "{out}"
+    );
+    // With the rights of the documentation it does its job.
+    world.sql(&format!("grant delete on outbox to {role}")).await;
+    world.write(100, 5).await;
+    let relay = world.relay(&[("DATABASE_URL", url.as_str())]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
