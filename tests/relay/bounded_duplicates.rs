@@ -23,7 +23,7 @@ async fn killed_twenty_times_it_repeats_at_most_what_was_in_flight() {
     let relay = world.process(&settings).await;
     world.drained().await;
     assert!(relay.terminate().await.success());
-    world.finish(Allowed { duplicates: 20 * IN_FLIGHT, ..Allowed::default() }).await;
+    world.finish(Allowed { duplicates: 20 * IN_FLIGHT, rewinds: true, ..Allowed::default() }).await;
 }
 
 /// SIGTERM under load, fifty times: exit 0 within the grace period, and not one duplicate.

@@ -73,7 +73,7 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     let relay = world.relay(&[]).await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
-    world.finish(Allowed { duplicates: 100, ..Allowed::default() }).await;
+    world.finish(Allowed { duplicates: 100, rewinds: true, ..Allowed::default() }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -174,3 +174,43 @@ async fn delivered_rows_are_purged_after_the_retention_and_no_others() {
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { refusals: true, pending: true, ..Allowed::default() }).await;
 }
+
+/// Holes by the thousand among the pending ids (scheduled rows here) lead to no second reading of what is in
+/// flight: no duplicate, and the budget is whole afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_holes_between_ids_cause_no_second_delivery() {
+    let world = World::new().await;
+    let relay = world.relay(&[]).await;
+    world.write(100, 10).await;
+    world.drained().await;
+    // Until the ids before the first row are known to belong to nobody.
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    world
+        .sql(
+            "insert into outbox (routing_key, ordering_key, payload, available_at)
+             select 'ok.1', 'k' || i % 20, to_jsonb(i), clock_timestamp() + case when i % 2 = 0 then interval '1 hour' else interval '0' end
+             from generate_series(1, 6000) i",
+        )
+        .await;
+    world.until("select count(*) from outbox where delivered_at is not null", 3100).await;
+    eventually("nothing is in flight", async || relay.metric("in_flight_messages").await == 0.0).await;
+    assert_eq!(relay.metric("in_flight_bytes").await, 0.0);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { pending: true, ..Allowed::default() }).await;
+}
+
+/// `truncate … restart identity`: ids that were delivered before come again and are delivered again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ids_that_begin_anew_are_delivered() {
+    let world = World::new().await;
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
+    world.write(300, 10).await;
+    world.drained().await;
+    let before = world.take_messages().await.len();
+    assert_eq!(before, 300);
+    world.sql("truncate outbox, written restart identity").await;
+    world.write(500, 10).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { disorder: true, ..Allowed::default() }).await;
+}

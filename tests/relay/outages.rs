@@ -163,6 +163,11 @@ async fn a_deleted_exchange_holds_up_nobody_else() {
     world.until("select count(*) from outbox where delivered_at is not null", 3_000).await;
     world.until_at_least("select count(*) from outbox where last_error like '%no exchange%'", 5).await;
     assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    assert_eq!(
+        relay.metric("reconnects_total{peer=\"broker\"}").await,
+        0.0,
+        "a missing exchange is no lost connection"
+    );
     world.declare_other(&other).await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -184,4 +189,108 @@ async fn a_wrong_login_is_told_and_tried_on() {
     assert_eq!(relay.get("/livez").await.0, 200);
     relay.stop().await.expect("clean stop");
     world.abandon();
+}
+
+/// Write permission is taken away from one exchange and given back: its rows wait, the others flow, nobody
+/// reconnects because of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forbidden_exchange_holds_up_nobody_else() {
+    let world = World::alone().await;
+    let other = format!("{}_other", world.name);
+    world.declare_other(&other).await;
+    let without_other = format!("^{}$", world.name);
+    world.servers().rabbitmqctl(&["add_user", "limited", "limited"]).await;
+    world.servers().rabbitmqctl(&["set_permissions", "limited", "^$", &without_other, "^$"]).await;
+    let amqp_url = world.servers().amqp_url.replace("outbox:outbox@", "limited:limited@");
+    // Rows to the forbidden exchange, and to the default exchange, which is forbidden too.
+    world
+        .sql(&format!(
+            "insert into outbox (exchange, routing_key, ordering_key, payload)
+             select case when i % 2 = 0 then '{other}' else '' end, case when i % 2 = 0 then 'ok.1' else '{}' end,
+                    'other ' || i % 5, '1' from generate_series(1, 100) i",
+            world.name
+        ))
+        .await;
+    world.write(3_000, 50).await;
+    let relay = world.relay(&[("AMQP_URL", &amqp_url)]).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 3_000).await;
+    world.until_at_least("select count(*) from outbox where last_error like '%ACCESS_REFUSED%'", 4).await;
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    assert_eq!(
+        relay.metric("reconnects_total{peer=\"broker\"}").await,
+        0.0,
+        "a closed channel is no lost connection"
+    );
+    world.servers().rabbitmqctl(&["set_permissions", "limited", "^$", ".*", "^$"]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, duplicates: 4_000, ..Allowed::default() }).await;
+}
+
+/// A route that gives no answers (a quorum queue without majority does that) costs a few time-outs; then its rows
+/// wait, and all other routes flow at full speed. When it answers again, its rows arrive.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_route_holds_up_nobody_else() {
+    use crate::support::scripted::ScriptedSink;
+    use crate::support::world::{RunningRelay, resolve};
+    use outbox_relay::sink::{Fault, Refusal};
+    use outbox_relay::store::memory::MemoryStore;
+    use outbox_relay::store::{Route, Row};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+
+    let store = MemoryStore::default();
+    for id in 1..=2_000 {
+        let routing_key = if id % 2 == 0 { "silent" } else { "fine" };
+        store.insert(Row {
+            id,
+            message_id: uuid::Uuid::from_u128(id as u128),
+            route: Arc::new(Route { exchange: String::new(), routing_key: routing_key.to_owned() }),
+            ordering_key: Some(format!("{routing_key} {}", id % 40).into()),
+            payload: bytes::Bytes::new(),
+            content_type: String::new(),
+            headers: "{}".to_owned(),
+            created_at_micros: 0,
+            attempts: 0,
+            defect: None,
+        });
+    }
+    let (silent, sent) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU32::new(0)));
+    let (is_silent, count) = (Arc::clone(&silent), Arc::clone(&sent));
+    let sink = ScriptedSink::new(move |row| {
+        if row.route.routing_key == "silent" && is_silent.load(Relaxed) {
+            count.fetch_add(1, Relaxed);
+            return Err(Refusal::new(Fault::Silence, "scripted"));
+        }
+        Ok(())
+    });
+    let pairs = [
+        ("DATABASE_URL", "postgres://unused"),
+        ("AMQP_URL", "amqp://unused"),
+        ("OUTBOX_RETRY_MIN", "10ms"),
+        ("OUTBOX_RETRY_MAX", "50ms"),
+    ];
+    let pairs = pairs.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    let relay = outbox_relay::relay::Relay::new(resolve(&pairs), store.clone(), sink.clone(), Arc::default());
+    let relay = RunningRelay::spawn(relay).await;
+    let delivered = |routing_key: &'static str| {
+        let rows = store.rows();
+        rows.iter()
+            .filter(|row| row.row.route.routing_key == routing_key && row.delivered_at.is_some())
+            .count()
+    };
+    eventually("all rows of the other route are delivered", async || delivered("fine") == 1_000).await;
+    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
+    let before = sent.load(Relaxed);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let probes = sent.load(Relaxed) - before;
+    assert!(probes < 100, "{probes} messages were sent to a parked route in half a second");
+    silent.store(false, Relaxed);
+    eventually("its rows arrive when it answers", async || delivered("silent") == 1_000).await;
+    relay.stop().await.expect("clean stop");
+    let mut last = std::collections::HashMap::new();
+    for row in sink.taken() {
+        let before = last.insert(row.ordering_key.clone(), row.id).unwrap_or(0);
+        assert!(before < row.id, "{:?}: {} after {before}", row.ordering_key, row.id);
+    }
 }

@@ -1,7 +1,7 @@
 //! Promise 7: a row that can never be delivered is set aside with its reason; nobody waits for it.
 
-use crate::support::World;
 use crate::support::world::Allowed;
+use crate::support::{World, eventually};
 
 /// Poison among good rows of the same key: only the poison is dead, each with a reason for people.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -96,4 +96,24 @@ async fn a_full_queue_is_waited_for() {
     }
     relay.stop().await.expect("clean stop");
     world.abandon();
+}
+
+/// Poison that is the oldest row of a route without a queue does not keep the route's good rows waiting for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn poison_on_a_parked_route_does_not_keep_it_parked() {
+    let world = World::new().await;
+    world
+        .sql(
+            "insert into outbox (routing_key, payload, headers) values ('lost.1', '{}', '{\"CC\": \"no array\"}');
+             insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)",
+        )
+        .await;
+    let relay = world.relay(&[("OUTBOX_MAX_ATTEMPTS", "5"), ("OUTBOX_WORKERS", "1")]).await;
+    world.until("select count(*) from outbox where last_error like '%312%'", 20).await;
+    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
+    world.bind("lost.#").await;
+    world.drained().await;
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 1);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { dead: true, refusals: true, duplicates: 500, ..Allowed::default() }).await;
 }

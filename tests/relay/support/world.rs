@@ -39,6 +39,9 @@ const QUICK: [(&str, &str); 3] =
 pub struct Allowed {
     /// Deliveries beyond the first of a row.
     pub duplicates: usize,
+    /// The relay was killed: what it had not marked comes once more, from the first such row of a key on.
+    /// First deliveries keep their order all the same.
+    pub rewinds: bool,
     /// Rows may have attempts: the test makes the broker refuse some.
     pub refusals: bool,
     /// Rows may be dead: the test writes poison.

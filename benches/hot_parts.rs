@@ -1,0 +1,115 @@
+//! The parts of the relay that run once per row, without servers: making a message, forming batches, keeping
+//! track of ids; and the whole pipeline between a store in memory and a sink that takes everything.
+//!
+//! `cargo bench` measures, `cargo bench -- --test` runs each once. Times are noise on a busy machine; compare
+//! two runs on the same one.
+
+#![allow(missing_docs, reason = "criterion's macros make public functions")]
+
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use outbox_relay::config::{Ordering, Settings, Sources};
+use outbox_relay::pipeline::known::Known;
+use outbox_relay::pipeline::queue::Queue;
+use outbox_relay::relay::Relay;
+use outbox_relay::sink::null::NullSink;
+use outbox_relay::sink::rabbitmq::message::compose;
+use outbox_relay::store::memory::MemoryStore;
+use outbox_relay::store::{Route, Row};
+use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+const ROWS: i64 = 2_000;
+
+fn row(id: i64) -> Row {
+    Row {
+        id,
+        message_id: uuid::Uuid::from_u128(id as u128),
+        route: Arc::new(Route { exchange: "orders".to_owned(), routing_key: "order.created".to_owned() }),
+        ordering_key: Some(format!("order {}", id % 1000).into()),
+        payload: Bytes::from(vec![b'x'; 500]),
+        content_type: "application/json".to_owned(),
+        headers: r#"{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#.to_owned(),
+        created_at_micros: 1_700_000_000_000_000,
+        attempts: 0,
+        defect: None,
+    }
+}
+
+fn rows() -> Vec<Row> {
+    (1..=ROWS).map(row).collect()
+}
+
+fn message(criterion: &mut Criterion) {
+    let row = row(1);
+    criterion.bench_function("message from a row", |bench| bench.iter(|| compose(black_box(&row), 131_072)));
+}
+
+fn batches(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("batches of 250 from 2000 rows over 1000 keys");
+    group.throughput(Throughput::Elements(ROWS as u64));
+    for (name, ordering) in [("strict", Ordering::Strict), ("pipelined", Ordering::Pipelined)] {
+        group.bench_function(name, |bench| {
+            let form = |rows: Vec<Row>| {
+                let mut queue = Queue::new(ordering);
+                for row in rows {
+                    assert!(queue.push(row.into()).is_none());
+                }
+                while !queue.is_empty() {
+                    black_box(queue.next_batch(250, 1 << 24));
+                }
+            };
+            bench.iter_batched(rows, form, BatchSize::LargeInput);
+        });
+    }
+    group.finish();
+}
+
+fn known_ids(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("ids kept in mind");
+    group.throughput(Throughput::Elements(ROWS as u64));
+    group.bench_function("2000 ids, one in ten missing", |bench| {
+        bench.iter(|| {
+            let mut known = Known::default();
+            (0..ROWS).filter(|id| id % 10 != 0).for_each(|id| known.add(id));
+            black_box(known.unknown(64))
+        });
+    });
+    group.finish();
+}
+
+fn pipeline(criterion: &mut Criterion) {
+    let env = [
+        ("DATABASE_URL", "postgres://unused"),
+        ("AMQP_URL", "amqp://unused"),
+        ("OUTBOX_HTTP_LISTEN", "127.0.0.1:0"),
+    ];
+    let settings = Settings::resolve(&Sources::from_env(env).expect("sources")).expect("settings");
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("runtime");
+    let mut group = criterion.benchmark_group("pipeline");
+    group.throughput(Throughput::Elements(ROWS as u64)).sample_size(10);
+    group.bench_function("memory to nowhere", |bench| {
+        bench.iter(|| {
+            runtime.block_on(async {
+                let (store, sink) = (MemoryStore::default(), NullSink::default());
+                rows().into_iter().for_each(|row| store.insert(row));
+                let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
+                let stop = CancellationToken::new();
+                let relay = Relay::new(settings.clone(), store, sink.clone(), Arc::default());
+                let relay = tokio::spawn(relay.run(listener, stop.clone()));
+                while sink.taken() < ROWS as u64 {
+                    tokio::time::sleep(Duration::from_micros(200)).await;
+                }
+                stop.cancel();
+                relay.await.expect("no panic").expect("clean stop");
+            });
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, message, batches, known_ids, pipeline);
+criterion_main!(benches);
