@@ -1,6 +1,6 @@
 //! What runs beside the flow: counting for health and metrics, and deleting what has been kept long
-//! enough. Both are gentle: they use one connection, short statements, and rest in proportion to what
-//! the last statement took.
+//! enough. Both are gentle: a connection each, short statements, and rest in proportion to what the last
+//! statement took.
 
 use crate::retry::Delays;
 use crate::store::{Bite, Census, Store};
@@ -62,8 +62,8 @@ fn show(census: &Census, metrics: &Metrics) {
     metrics.blocked_keys.set(census.blocked_keys as i64);
 }
 
-/// Deletes delivered rows after their retention until stopped. An error is told by the census, which
-/// uses the same connection more often; the pass simply begins again later.
+/// Deletes delivered rows after their retention until stopped. A pass that fails begins again later; what is
+/// wrong with the database itself is told by the census.
 pub async fn purge<S: Store>(
     store: Arc<S>,
     retention: Duration,
@@ -87,8 +87,15 @@ async fn pass<S: Store>(store: &S, retention: Duration, metrics: &Metrics) {
     let (mut after, mut in_vain) = (i64::MIN, 0);
     while in_vain < BITES_IN_VAIN {
         let started = Instant::now();
-        let Ok(Bite { looked_at, purged, last_id }) = store.purge(after, BITE_ROWS, retention).await else {
-            return;
+        let Bite { looked_at, purged, last_id } = match store.purge(after, BITE_ROWS, retention).await {
+            Ok(bite) => bite,
+            Err(error) => {
+                tracing::warn!(
+                    reason = error.sentence,
+                    "cannot delete rows after their retention; trying again later"
+                );
+                return;
+            }
         };
         metrics.purged.inc_by(purged);
         if looked_at < BITE_ROWS as u64 {

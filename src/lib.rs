@@ -12,6 +12,7 @@
 //! - [`retry`]: what follows from each failure, in one `match`.
 //! - [`housekeeping`]: counting and retention, beside the flow.
 //! - [`relay`]: the assembly; starts, watches and stops everything.
+//! - [`preflight`]: what `check` looks at.
 //! - [`http`]: health and metrics endpoints.
 //! - [`telemetry`]: logs, metrics, liveness.
 //! - [`cli`]: commands of the binary.
@@ -21,6 +22,7 @@ pub mod config;
 pub mod housekeeping;
 pub mod http;
 pub mod pipeline;
+pub mod preflight;
 pub mod relay;
 pub mod retry;
 pub mod sink;

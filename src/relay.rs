@@ -121,7 +121,8 @@ impl<S: Store, K: Sink> Relay<S, K> {
         let (settled, settled_in) = mpsc::channel(places);
         let mut stages = JoinSet::new();
         let mut workers = Vec::new();
-        for _ in 0..self.settings.workers {
+        // One more than the settings say: the last takes probes of parked routes.
+        for _ in 0..=self.settings.workers {
             let (work, work_in) = mpsc::channel(places);
             workers.push(work);
             let ends = publish::Ends {

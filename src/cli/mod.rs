@@ -6,8 +6,6 @@ mod migrate;
 mod run;
 mod status;
 
-pub use check::Finding;
-
 use crate::config::{ConfigError, Sources, catalog::SETTINGS};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use std::collections::HashMap;
@@ -164,5 +162,9 @@ fn with_settings(mut command: Command, concerns: impl Fn(&str) -> bool) -> Comma
 
 /// A runtime for the commands that speak with servers.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A name that is being resolved would hold up the end.
+    runtime.shutdown_background();
+    result
 }

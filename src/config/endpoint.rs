@@ -47,7 +47,7 @@ impl fmt::Debug for Endpoint {
 pub fn redact(secret: &SecretString) -> String {
     let shown = urls(secret).into_iter().map(|text| {
         let Ok(mut url) = Url::parse(text) else { return "(not a URL)".to_owned() };
-        let hidden = url.path().contains('@') || url.fragment().is_some();
+        let hidden = looks_split(&url);
         if hidden || url.set_username("").is_err() || url.set_password(None).is_err() {
             return format!("{}://(hidden)", url.scheme());
         }
@@ -63,12 +63,19 @@ pub fn urls(secret: &SecretString) -> Vec<&str> {
     if text.starts_with("amqp") { text.split(',').map(str::trim).collect() } else { vec![text] }
 }
 
+/// A password with an unescaped `/`, `?` or `#` has ended the part of the URL it belongs to.
+fn looks_split(url: &Url) -> bool {
+    url.path().contains('@')
+        || url.query().is_some_and(|query| query.contains('@'))
+        || url.fragment().is_some()
+}
+
 /// Refuses what is no URL of one of these schemes, without repeating the text: it may hold a password.
 pub(super) fn check_url(name: &str, secret: &SecretString, schemes: &[&str]) -> Result<(), ConfigError> {
     for text in urls(secret) {
         let expected = format!("expected a URL that starts with {}://", schemes.join(":// or "));
         match Url::parse(text) {
-            Ok(url) if url.path().contains('@') || url.fragment().is_some() => {
+            Ok(url) if looks_split(&url) => {
                 let escape = "write special characters of user and password in percent-encoding".to_owned();
                 return Err(ConfigError::Secret(name.to_owned(), escape));
             }
@@ -94,6 +101,7 @@ mod tests {
             "postgres://app:secret@db/x?password=secret#secret",
             "postgres://app:2024/secret@db/x",
             "postgres://app:/secret@db/x",
+            "postgres://app:1?secret@db/x",
             "postgres://app:sec,ret@db/secret@x",
             "amqp://u:secret@a/v,amqps://u:secret@b/v",
             "secret",

@@ -34,13 +34,6 @@ pub struct Unknown {
     pub exact: bool,
 }
 
-impl Unknown {
-    /// All there is, known or not.
-    pub fn everything() -> Self {
-        Self { ranges: vec![(i64::MIN, i64::MAX)], exact: false }
-    }
-}
-
 impl Known {
     /// Adds one id.
     pub fn add(&mut self, id: i64) {

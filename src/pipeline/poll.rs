@@ -18,6 +18,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::watch::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -27,9 +28,9 @@ const RANGES_MAX: usize = 64;
 const PAUSE_MIN: Duration = Duration::from_millis(2);
 /// Size assumed of rows before any was seen: large, so that the first answer is small.
 const FIRST_ROW_BYTES: usize = 256 * 1024;
-/// A read that finds nothing may take long, when many rows wait behind a refused one. It is followed by
-/// this many times its duration of rest.
-const EMPTY_READ_REST: u32 = 2;
+/// A read that finds little may take long, when many rows wait behind a refused one. It is followed by this
+/// many times its duration of rest.
+const SHORT_READ_REST: u32 = 2;
 /// How often gaps between ids are looked at.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an id must have been passed over, besides the end of every transaction that ran then. Covers the
@@ -72,7 +73,7 @@ pub struct Poll<S> {
 pub struct Ends<S> {
     /// Where rows come from.
     pub store: Arc<S>,
-    /// A channel to each worker.
+    /// A channel to each worker; the last one takes probes of parked routes only.
     pub workers: Vec<mpsc::Sender<Work>>,
     /// Settled rows.
     pub settled: mpsc::Receiver<Settled>,
@@ -95,6 +96,10 @@ struct Limits {
 #[derive(Debug)]
 struct InFlight {
     bytes: usize,
+    /// The worker that has it, and that is told when its key may go on.
+    worker: usize,
+    /// Sent to try a parked route.
+    probe: bool,
     /// Set for rows whose success is news: their route has refused lately.
     watched: Option<Arc<Route>>,
 }
@@ -163,7 +168,8 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// Reads until stopped. Dropping the senders on return is what ends the workers.
+    /// Reads until stopped, or until the sink is gone, which is a failure that supervision notices. Dropping the
+    /// senders on return is what ends the workers.
     pub async fn run(mut self) {
         let stop = self.stop.clone();
         // Cancelling a read loses nothing: its rows are still pending, its connection is dropped.
@@ -174,7 +180,9 @@ impl<S: Store> Poll<S> {
         let mut pause = PAUSE_MIN;
         loop {
             self.take_settled().await;
-            self.wait_for_room_and_sink().await;
+            if self.wait_for_room_and_sink().await.is_err() {
+                return;
+            }
             let begun = Instant::now();
             let found = match self.turn().await {
                 Ok(found) => found,
@@ -194,9 +202,7 @@ impl<S: Store> Poll<S> {
                 Found::Nothing => pause *= 2,
             }
             pause = pause.min(self.limits.poll_interval);
-            let gentle =
-                if found == Found::Nothing { begun.elapsed() * EMPTY_READ_REST } else { Duration::ZERO };
-            self.rest(pause.max(gentle)).await;
+            self.rest(pause.max(begun.elapsed() * SHORT_READ_REST)).await;
         }
     }
 
@@ -211,8 +217,8 @@ impl<S: Store> Poll<S> {
     }
 
     /// Waits until rows may be read: the broker takes messages, and enough places are free to be worth
-    /// a statement.
-    async fn wait_for_room_and_sink(&mut self) {
+    /// a statement. An error means that the sink is gone for good.
+    async fn wait_for_room_and_sink(&mut self) -> Result<(), RecvError> {
         loop {
             if !self.sink.borrow().is_ready() {
                 // Nothing is asked of the database meanwhile, so nothing is known of it here.
@@ -222,13 +228,10 @@ impl<S: Store> Poll<S> {
                     // 1. Places are freed while the broker is away too.
                     settled = self.settled.recv() => self.settle(settled).await,
                     // 2. The broker is back, or has another reason to be away.
-                    changed = self.pulse.beat_during(self.sink.changed()) => if changed.is_err() {
-                        // The sink is gone: the relay is being taken apart.
-                        std::future::pending::<()>().await;
-                    }
+                    changed = self.pulse.beat_during(self.sink.changed()) => changed?,
                 }
             } else if self.has_room() {
-                return;
+                return Ok(());
             } else {
                 let settled = self.pulse.beat_during(self.settled.recv()).await;
                 self.settle(settled).await;
@@ -281,8 +284,10 @@ impl<S: Store> Poll<S> {
         if self.last_sweep.elapsed() >= self.limits.sweep_interval {
             self.sweeping = true;
         }
-        let Unknown { ranges, exact } =
-            if self.sweeping { Unknown::everything() } else { self.known.unknown(RANGES_MAX) };
+        // A sweep reads what has been passed; what lies behind is unknown and read anyway, so that a standing
+        // backlog does not keep the sweep from ending.
+        let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
+        let Unknown { ranges, exact } = if self.sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
         // Exact ranges leave out what is in flight; others need the list of it.
         let in_flight: Vec<i64> = if exact { Vec::new() } else { self.in_flight.keys().copied().collect() };
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
@@ -315,7 +320,8 @@ impl<S: Store> Poll<S> {
             self.forget_what_is_settled();
         }
         for row in rows {
-            self.send(row).await;
+            let worker = self.worker_of(&row);
+            self.send(row, worker).await;
         }
         Ok(found)
     }
@@ -335,7 +341,7 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    async fn send(&mut self, row: Row) {
+    async fn send(&mut self, row: Row, worker: usize) {
         if self.in_flight.contains_key(&row.id) {
             return;
         }
@@ -343,24 +349,27 @@ impl<S: Store> Poll<S> {
         self.last_read = self.last_read.max(row.id);
         self.known.add(row.id);
         self.bytes_in_flight += row.bytes();
-        self.in_flight.insert(row.id, InFlight { bytes: row.bytes(), watched });
+        let probe = worker == self.prober();
+        self.in_flight.insert(row.id, InFlight { bytes: row.bytes(), worker, probe, watched });
         self.show_in_flight();
-        let worker = self.worker_of(&row);
         // Never waits: the channel has a place for every row in flight.
         let _ = self.workers[worker].send(Work::Publish(row)).await;
     }
 
+    /// Rows of a key share a worker, which keeps their order.
     fn worker_of(&self, row: &Row) -> usize {
+        let mut hasher = DefaultHasher::new();
         match row.ordering_key.as_deref().filter(|_| self.limits.keep_order) {
-            Some(key) => self.worker_of_key(key),
-            None => (row.id.unsigned_abs() % self.workers.len() as u64) as usize,
+            Some(key) => key.hash(&mut hasher),
+            None => row.id.hash(&mut hasher),
         }
+        (hasher.finish() % self.prober() as u64) as usize
     }
 
-    fn worker_of_key(&self, key: &str) -> usize {
-        let mut hasher = DefaultHasher::new();
-        key.hash(&mut hasher);
-        (hasher.finish() % self.workers.len() as u64) as usize
+    /// The last worker takes probes only, so that a route without answers costs no other row its time. The
+    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it.
+    fn prober(&self) -> usize {
+        self.workers.len() - 1
     }
 
     async fn take_settled(&mut self) {
@@ -375,7 +384,7 @@ impl<S: Store> Poll<S> {
             // Settle is gone; supervision ends us.
             return std::future::pending().await;
         };
-        let Some(InFlight { bytes, watched }) = self.in_flight.remove(&id) else { return };
+        let Some(InFlight { bytes, worker, probe, watched }) = self.in_flight.remove(&id) else { return };
         self.bytes_in_flight -= bytes;
         self.show_in_flight();
         match fate {
@@ -384,35 +393,21 @@ impl<S: Store> Poll<S> {
                     self.route_works(route);
                 }
             }
-            Fate::Dead => {
-                if let Some(route) = watched {
-                    self.routes.probe_released(&route, Instant::now());
-                }
-            }
+            Fate::Dead => self.end_probe(watched, probe),
             Fate::Released => {
                 self.known.remove(id);
-                if let Some(route) = watched {
-                    self.routes.probe_released(&route, Instant::now());
-                }
+                self.end_probe(watched, probe);
             }
             Fate::Waiting { key, route, reason, fault } => {
                 self.known.remove(id);
-                if !fault.blames_destination() {
+                if fault.blames_destination() {
+                    self.route_refuses(&route, &reason, probe);
+                } else {
                     // The message was refused, which says nothing of its route.
-                    if let Some(route) = watched {
-                        self.routes.probe_released(&route, Instant::now());
-                    }
-                } else if self.routes.refused(&route, Instant::now()) == Parking::Parked {
-                    tracing::warn!(
-                        exchange = route.exchange,
-                        routing_key = route.routing_key,
-                        reason,
-                        "route parked: it refuses every message; trying one now and then"
-                    );
+                    self.end_probe(watched, probe);
                 }
                 if let Some(key) = key.filter(|_| self.limits.keep_order) {
                     // The next read sees the committed wait, so the worker may take this key again.
-                    let worker = self.worker_of_key(&key);
                     let _ = self.workers[worker].send(Work::Resume(key)).await;
                 }
             }
@@ -423,6 +418,24 @@ impl<S: Store> Poll<S> {
     fn show_in_flight(&self) {
         self.metrics.in_flight.set(self.in_flight.len() as i64);
         self.metrics.in_flight_bytes.set(self.bytes_in_flight as i64);
+    }
+
+    /// A probe ended without saying anything of its route: another may go.
+    fn end_probe(&mut self, route: Option<Arc<Route>>, probe: bool) {
+        if let Some(route) = route.filter(|_| probe) {
+            self.routes.probe_released(&route, Instant::now());
+        }
+    }
+
+    fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
+        if self.routes.refused(route, probe, Instant::now()) == Parking::Parked {
+            tracing::warn!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                reason,
+                "route parked: it refuses every message; trying one now and then"
+            );
+        }
     }
 
     fn route_works(&mut self, route: Arc<Route>) {
@@ -452,7 +465,10 @@ impl<S: Store> Poll<S> {
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order);
         match self.pulse.beat_during(probe).await {
-            Ok(Some(row)) => self.send(row).await,
+            Ok(Some(row)) => {
+                let prober = self.prober();
+                self.send(row, prober).await;
+            }
             Ok(None) => {
                 self.routes.nothing_waits(&route);
                 self.metrics.parked_routes.set(self.routes.parked_count() as i64);

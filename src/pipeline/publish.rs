@@ -15,12 +15,15 @@ use crate::store::{Route, Row};
 use crate::telemetry::{Metrics, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// Routes whose confirm time-outs are counted at once; more at the same time are an outage.
 const SILENT_ROUTES_MAX: usize = 1024;
+
+/// How long a worker has, after the grace period, to hand over the answers it has.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// One publishing worker.
 pub struct Worker<P> {
@@ -85,25 +88,44 @@ impl<P: Publisher> Worker<P> {
     /// waited for any longer.
     pub async fn run(mut self) {
         let cut = self.cut.clone();
-        let left = cut.run_until_cancelled(self.work()).await;
-        if left.is_none() {
-            tracing::warn!("grace period over: unanswered messages are left for the next start");
+        let too_late = async {
+            cut.cancelled().await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
+        tokio::select! {
+            biased;
+            // 1. The work is done, or given up in order, with every answer that came.
+            () = self.work() => {}
+            // 2. A sink that does not give up when it is told to.
+            () = too_late => {}
+        }
+        if cut.is_cancelled() {
+            tracing::warn!("grace period over: messages without an answer are left for the next start");
         }
     }
 
     async fn work(&mut self) {
-        let mut outages = OUTAGE_BACKOFF.delays();
+        let mut outages: Box<dyn Iterator<Item = Duration> + Send> = Box::new(OUTAGE_BACKOFF.delays());
+        let mut told = false;
         while self.fill().await {
             if !self.sink_is_ready().await {
                 return;
             }
             let batch = self.queue.next_batch(self.batch_rows, self.batch_bytes);
-            let progress = self.publish(batch).await;
-            if progress {
-                outages = OUTAGE_BACKOFF.delays();
-            } else if let Some(pause) = outages.next() {
-                // The sink calls itself ready and sends nothing: do not spin.
-                self.pulse.beat_during(tokio::time::sleep(pause)).await;
+            let stuck = self.publish(batch).await;
+            if self.cut.is_cancelled() {
+                return;
+            }
+            match stuck {
+                None => (outages, told) = (Box::new(OUTAGE_BACKOFF.delays()), false),
+                // The sink calls itself ready and nothing goes through: do not spin.
+                Some(reason) => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(reason, "a batch came back unsent or unanswered; sending it again");
+                    }
+                    let pause = outages.next().unwrap_or(OUTAGE_BACKOFF.max);
+                    self.pulse.beat_during(tokio::time::sleep(pause)).await;
+                }
             }
         }
     }
@@ -145,7 +167,9 @@ impl<P: Publisher> Worker<P> {
     /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
     /// one that has waited is a probe, and goes alone.
     async fn accept_for_silent_route(&mut self, row: Row) {
-        if row.attempts == 0 {
+        // Behind earlier rows of its key it has to queue up: a refusal would send those back to the table.
+        let behind = row.ordering_key.as_ref().is_some_and(|key| self.queue.has_rows_of(key));
+        if row.attempts == 0 && !behind {
             let reason = "not sent: this route has given no confirms lately";
             return self.wait(row, Refusal::new(Fault::Silence, reason)).await;
         }
@@ -176,27 +200,26 @@ impl<P: Publisher> Worker<P> {
             .await
     }
 
-    /// Sends one batch; true if any row has come to an end.
-    async fn publish(&mut self, batch: Vec<Queued>) -> bool {
+    /// Sends one batch. If no row at all has come to an end, says why.
+    async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
         let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
             batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
         let sent_at = Instant::now();
-        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows)).await;
+        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.cut)).await;
         self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
         self.count_silences(&rows, &verdicts);
         let alone = rows.len() == 1;
-        let mut again = Vec::new();
-        let mut progress = false;
+        let first_reason =
+            verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
+        let (count, mut again) = (rows.len(), Vec::new());
         for ((row, verdict), (was_alone, strikes)) in rows.into_iter().zip(verdicts).zip(memory) {
             let queued = Queued { row, alone: was_alone, strikes };
-            match self.apply(queued, verdict, alone).await {
-                Some(queued) => again.push(queued),
-                None => progress = true,
-            }
+            again.extend(self.apply(queued, verdict, alone).await);
         }
+        let stuck = again.len() == count;
         let given_back = self.queue.put_back(again);
         self.release(given_back).await;
-        progress
+        first_reason.filter(|_| stuck)
     }
 
     /// Acts on one verdict. Returns the row if it is to be sent again.
@@ -206,6 +229,10 @@ impl<P: Publisher> Worker<P> {
             return None;
         };
         self.count(refusal.fault);
+        if matches!(refusal.fault, Fault::Unroutable | Fault::Destination | Fault::Message) {
+            // A refusal is an answer too.
+            self.silences.remove(&queued.row.route);
+        }
         let history = History {
             attempts: queued.row.attempts,
             silences: self.silences.get(&queued.row.route).copied().unwrap_or(0),
@@ -277,7 +304,7 @@ impl<P: Publisher> Worker<P> {
         let silent = rows.iter().zip(verdicts).filter(|(_, verdict)| silent(verdict));
         let routes: HashSet<&Arc<Route>> = silent.map(|(row, _)| &row.route).collect();
         for route in routes {
-            if self.silences.len() < SILENT_ROUTES_MAX {
+            if self.silences.contains_key(route) || self.silences.len() < SILENT_ROUTES_MAX {
                 *self.silences.entry(Arc::clone(route)).or_default() += 1;
             }
         }

@@ -60,9 +60,9 @@ impl Queue {
         }
     }
 
-    /// Rows waiting.
-    pub fn len(&self) -> usize {
-        self.rows
+    /// Rows of this key are waiting.
+    pub fn has_rows_of(&self, key: &Arc<str>) -> bool {
+        self.keyed.contains_key(key)
     }
 
     /// No row is waiting.
@@ -264,7 +264,7 @@ mod tests {
         assert!(queue.push(row(7, Some("b")).into()).is_none());
         queue.resume(&key);
         assert!(queue.push(row(8, Some("a")).into()).is_none());
-        assert_eq!(queue.len(), 5);
+        assert_eq!(queue.rows, 5);
     }
 
     #[test]

@@ -16,6 +16,8 @@ const PARK_AFTER: u32 = 3;
 const ROUTES_MAX: usize = 1024;
 /// Longest pause between two probes of a route, so that a new binding is noticed soon.
 const PROBE_MAX: Duration = Duration::from_secs(5);
+/// A probe that took long, because no answer came, is followed by this many times its duration of rest.
+const PROBE_REST: u32 = 10;
 
 /// Routes that have refused a message since their last success.
 #[derive(Debug)]
@@ -29,10 +31,15 @@ struct Refusing {
     refusals: u32,
     probes: u32,
     next_probe: Instant,
-    probing: bool,
+    /// A probe is on its way.
+    probing_since: Option<Instant>,
 }
 
 impl Refusing {
+    fn new(now: Instant) -> Self {
+        Self { refusals: 0, probes: 0, next_probe: now, probing_since: None }
+    }
+
     fn parked(&self) -> bool {
         self.refusals >= PARK_AFTER
     }
@@ -54,26 +61,26 @@ impl Routes {
         Self { refusing: HashMap::new(), probe: Backoff { min: retry_min.min(max), max } }
     }
 
-    /// A message was refused by its destination.
-    pub fn refused(&mut self, route: &Arc<Route>, now: Instant) -> Parking {
+    /// A message was refused by its destination; `probe` says that it was sent to try the route.
+    pub fn refused(&mut self, route: &Arc<Route>, probe: bool, now: Instant) -> Parking {
         if !self.refusing.contains_key(route) && self.refusing.len() >= ROUTES_MAX {
             return Parking::Unchanged;
         }
-        let probe = self.probe;
-        let state = self.refusing.entry(Arc::clone(route)).or_insert(Refusing {
-            refusals: 0,
-            probes: 0,
-            next_probe: now,
-            probing: false,
-        });
+        let backoff = self.probe;
+        let state = self.refusing.entry(Arc::clone(route)).or_insert_with(|| Refusing::new(now));
         let was_parked = state.parked();
         state.refusals = state.refusals.saturating_add(1);
-        if state.probing || !was_parked {
-            state.probes = if state.probing { state.probes.saturating_add(1) } else { 0 };
-            state.probing = false;
-            state.next_probe = now + probe.delays().nth(state.probes.min(32) as usize).unwrap_or(probe.max);
+        if probe {
+            state.probes = state.probes.saturating_add(1);
+            let pause = backoff.delays().nth(state.probes.min(32) as usize).unwrap_or(backoff.max);
+            let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
+            state.next_probe = now + pause.max(took * PROBE_REST);
         }
-        if state.parked() && !was_parked { Parking::Parked } else { Parking::Unchanged }
+        if was_parked || !state.parked() {
+            return Parking::Unchanged;
+        }
+        state.next_probe = now + backoff.delays().next().unwrap_or(backoff.max);
+        Parking::Parked
     }
 
     /// A message went through. True if its route had refused before and its waiting rows are to be
@@ -90,7 +97,7 @@ impl Routes {
     /// A probe came back unsent; another may go.
     pub fn probe_released(&mut self, route: &Route, now: Instant) {
         if let Some(state) = self.refusing.get_mut(route) {
-            state.probing = false;
+            state.probing_since = None;
             state.next_probe = now + self.probe.min;
         }
     }
@@ -112,9 +119,10 @@ impl Routes {
 
     /// Takes a route that is due for a probe and notes that one is on its way.
     pub fn take_due_probe(&mut self, now: Instant) -> Option<Arc<Route>> {
-        let due = |state: &Refusing| state.parked() && !state.probing && state.next_probe <= now;
+        let due =
+            |state: &Refusing| state.parked() && state.probing_since.is_none() && state.next_probe <= now;
         let (route, state) = self.refusing.iter_mut().find(|(_, state)| due(state))?;
-        state.probing = true;
+        state.probing_since = Some(now);
         Some(Arc::clone(route))
     }
 }
@@ -131,16 +139,18 @@ mod tests {
     fn a_route_is_parked_probed_and_released() {
         let (mut routes, route, now) =
             (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
-        assert_eq!(routes.refused(&route, now), Parking::Unchanged);
-        assert_eq!(routes.refused(&route, now), Parking::Unchanged);
-        assert_eq!(routes.refused(&route, now), Parking::Parked);
-        assert_eq!(routes.refused(&route, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, false, now), Parking::Parked);
+        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.parked(), [Arc::clone(&route)]);
         assert_eq!(routes.take_due_probe(now), None, "the first probe waits");
         let later = now + PROBE_MAX;
         assert_eq!(routes.take_due_probe(later), Some(Arc::clone(&route)));
         assert_eq!(routes.take_due_probe(later), None, "one probe at a time");
-        routes.refused(&route, later);
+        routes.refused(&route, false, later);
+        assert_eq!(routes.take_due_probe(later + PROBE_MAX), None, "only its own end ends a probe");
+        routes.refused(&route, true, later);
         assert_eq!(routes.take_due_probe(later), None, "a refused probe waits again");
         assert_eq!(routes.take_due_probe(later + PROBE_MAX), Some(Arc::clone(&route)));
         assert!(routes.delivered(&route));
@@ -152,13 +162,28 @@ mod tests {
         let (mut routes, route, mut now) =
             (Routes::new(Duration::from_secs(1), Duration::from_secs(3600)), route(), Instant::now());
         for _ in 0..PARK_AFTER {
-            routes.refused(&route, now);
+            routes.refused(&route, false, now);
         }
         for _ in 0..50 {
             now += PROBE_MAX;
             assert!(routes.take_due_probe(now).is_some());
-            routes.refused(&route, now);
+            routes.refused(&route, true, now);
         }
+    }
+
+    #[test]
+    fn a_probe_that_took_long_is_followed_by_a_longer_rest() {
+        let (mut routes, route, now) =
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
+        for _ in 0..PARK_AFTER {
+            routes.refused(&route, false, now);
+        }
+        let sent = now + PROBE_MAX;
+        assert!(routes.take_due_probe(sent).is_some());
+        let answered = sent + Duration::from_secs(30);
+        routes.refused(&route, true, answered);
+        assert!(routes.take_due_probe(answered + Duration::from_secs(299)).is_none());
+        assert!(routes.take_due_probe(answered + Duration::from_secs(300)).is_some());
     }
 
     #[test]
@@ -166,8 +191,8 @@ mod tests {
         let (mut routes, route, now) =
             (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
         for _ in 0..10 {
-            routes.refused(&route, now);
-            routes.refused(&route, now);
+            routes.refused(&route, false, now);
+            routes.refused(&route, false, now);
             routes.delivered(&route);
         }
         assert!(routes.parked().is_empty());

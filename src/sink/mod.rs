@@ -18,6 +18,7 @@ pub use rabbitmq::RabbitMq;
 use crate::store::Row;
 use std::future::Future;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// One answer for one row: confirmed and routed, or why not.
 pub type Verdict = Result<(), Refusal>;
@@ -109,7 +110,11 @@ pub trait Sink: Send + Sync + 'static {
 
 /// One worker's way to a sink.
 pub trait Publisher: Send + 'static {
-    /// Sends a batch and awaits every answer. Not cancel-safe: a batch that is abandoned may have
-    /// been delivered.
-    fn publish(&mut self, batch: &[Row]) -> impl Future<Output = Vec<Verdict>> + Send;
+    /// Sends a batch and awaits every answer, or until `give_up` is cancelled: then what has no answer
+    /// is [`Fault::Unknown`]. Not cancel-safe: a batch that is dropped may have been delivered.
+    fn publish(
+        &mut self,
+        batch: &[Row],
+        give_up: &CancellationToken,
+    ) -> impl Future<Output = Vec<Verdict>> + Send;
 }

@@ -5,6 +5,7 @@ use crate::store::Row;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// Takes every message at once. Clones share the count.
 #[derive(Debug, Clone)]
@@ -41,7 +42,7 @@ impl Sink for NullSink {
 }
 
 impl Publisher for NullSink {
-    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+    async fn publish(&mut self, batch: &[Row], _: &CancellationToken) -> Vec<Verdict> {
         self.taken.fetch_add(batch.len() as u64, Relaxed);
         vec![Ok(()); batch.len()]
     }

@@ -131,7 +131,9 @@ impl Store for MemoryStore {
                 && !in_flight.contains(&stored.row.id)
                 && !(keep_order && table.held_back(&stored.row))
         };
-        Ok(table.rows.values().find(wanted).map(|stored| stored.row.clone()))
+        let first =
+            table.rows.values().filter(wanted).min_by_key(|stored| (stored.available_at, stored.row.id));
+        Ok(first.map(|stored| stored.row.clone()))
     }
 
     async fn release(&self, route: &Route, rows: usize) -> Result<u64, StoreError> {

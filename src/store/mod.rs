@@ -215,7 +215,7 @@ pub trait Store: Send + Sync + 'static {
     /// Reads pending rows.
     fn poll(&self, ask: Ask<'_>) -> impl Future<Output = Result<Read, StoreError>> + Send;
 
-    /// The oldest waiting row of a parked route, whether due or not.
+    /// The waiting row of a parked route that is or will be due first.
     fn probe(
         &self,
         route: &Route,

@@ -27,6 +27,9 @@ pub enum Database {
     Down(String),
 }
 
+/// Lost races in a row that are told as trouble: a lock that stays, a statement that always takes too long.
+const RACES_LOST_TELL: u32 = 3;
+
 /// The board.
 #[derive(Debug)]
 pub struct Board {
@@ -39,6 +42,8 @@ pub struct Board {
 struct State {
     /// By user: not heard of, fine, or in trouble.
     users: [Option<Result<(), String>>; 3],
+    /// Statements in a row that lost a race, by user.
+    races_lost: [u32; 3],
     was_up: bool,
     shown: Option<Database>,
     census: Option<Census>,
@@ -65,13 +70,23 @@ impl Board {
 
     /// A call to the database went well.
     pub fn database_up(&self, user: DatabaseUser) {
+        self.state().races_lost[user as usize] = 0;
         self.note(user, Ok(()));
     }
 
-    /// A call to the database failed. A lost race is no trouble of the database.
+    /// A call to the database failed. A lost race is no trouble of the database, unless it is lost each time.
     pub fn database_down(&self, user: DatabaseUser, error: &StoreError) {
         match error.trouble {
-            Trouble::Contention => tracing::debug!(?user, reason = error.sentence, "statement lost a race"),
+            Trouble::Contention => {
+                tracing::debug!(?user, reason = error.sentence, "statement lost a race");
+                let mut state = self.state();
+                state.races_lost[user as usize] += 1;
+                let lasting = state.races_lost[user as usize] >= RACES_LOST_TELL;
+                drop(state);
+                if lasting {
+                    self.note(user, Err(error.sentence.clone()));
+                }
+            }
             Trouble::Outage | Trouble::Configuration => self.note(user, Err(error.sentence.clone())),
         }
     }

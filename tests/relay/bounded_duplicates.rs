@@ -2,6 +2,7 @@
 
 use crate::support::world::Allowed;
 use crate::support::{World, rng};
+use std::collections::HashSet;
 use std::time::Duration;
 
 const IN_FLIGHT: usize = 400;
@@ -14,16 +15,24 @@ async fn killed_twenty_times_it_repeats_at_most_what_was_in_flight() {
     let mut rng = rng("killed_twenty_times");
     let window = IN_FLIGHT.to_string();
     let settings = [("OUTBOX_MAX_IN_FLIGHT", window.as_str()), ("OUTBOX_BATCH_SIZE", "100")];
+    let mut received = Vec::new();
     for _ in 0..20 {
         world.write(2000, 40).await;
         let relay = world.process(&settings).await;
         tokio::time::sleep(Duration::from_millis(rng.u64(0..300))).await;
         relay.kill().await;
+        // What this crash may repeat: delivered, and not marked.
+        received.extend(world.take_messages().await);
+        let delivered = received.iter().map(|message| message.id).collect::<HashSet<_>>().len() as i64;
+        let marked = world.number("select count(*) from outbox where delivered_at is not null").await;
+        assert!(delivered - marked <= IN_FLIGHT as i64, "{delivered} delivered, {marked} marked");
     }
     let relay = world.process(&settings).await;
     world.drained().await;
     assert!(relay.terminate().await.success());
-    world.finish(Allowed { duplicates: 20 * IN_FLIGHT, rewinds: true, ..Allowed::default() }).await;
+    received.extend(world.take_messages().await);
+    let allowed = Allowed { duplicates: 20 * IN_FLIGHT, rewinds: true, ..Allowed::default() };
+    world.finish_with(received, allowed).await;
 }
 
 /// SIGTERM under load, fifty times: exit 0 within the grace period, and not one duplicate.

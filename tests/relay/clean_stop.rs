@@ -3,7 +3,7 @@
 
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
-use sqlx::{Connection, Executor};
+use sqlx::Executor;
 use std::time::{Duration, Instant};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -49,16 +49,17 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     let world = World::new().await;
     let relay = world.process(&[("OUTBOX_SHUTDOWN_GRACE", "1s")]).await;
     eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    // From here on nothing can be marked: each mark waits for a lock that the test holds.
     world
         .sql(
-            "insert into outbox (routing_key, payload, available_at)
-             select 'ok.1', '{}', clock_timestamp() + interval '1 second' from generate_series(1, 100)",
+            "create function wait_for_the_test() returns trigger language plpgsql as
+                 $$ begin perform pg_advisory_xact_lock_shared(42); return new; end $$;
+             create trigger wait_for_the_test before update on outbox for each row execute function wait_for_the_test()",
         )
         .await;
-    // This lock lets the relay read and keeps it from marking.
     let mut other = world.db().await;
-    let mut transaction = other.begin().await.expect("begin");
-    transaction.execute("lock table outbox in share mode").await.expect("lock");
+    other.execute("select pg_advisory_lock(42)").await.expect("lock");
+    world.write(100, 100).await;
     eventually("all are published", async || world.queue_depth().await == 100).await;
     relay.signal("TERM").await;
     let log = relay.log.clone();
@@ -68,7 +69,7 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     })
     .await;
     assert_eq!(relay.ended().await.code(), Some(1));
-    transaction.rollback().await.expect("roll back");
+    other.execute("select pg_advisory_unlock(42)").await.expect("unlock");
     // The next start sends them again.
     let relay = world.relay(&[]).await;
     world.drained().await;
@@ -87,8 +88,9 @@ async fn a_second_signal_ends_at_once() {
         .await;
     relay.signal("TERM").await;
     eventually("stopping", async || relay.get("/health").await.1.contains("\"stopping\":true")).await;
-    relay.signal("TERM").await;
-    assert_eq!(relay.ended().await.code(), Some(143));
+    assert_eq!(relay.get("/readyz").await, (503, "stopping\n".to_owned()));
+    relay.signal("INT").await;
+    assert_eq!(relay.ended().await.code(), Some(130));
     world.servers().control("resume", "rabbitmq").await;
     world.finish(Allowed { pending: true, duplicates: 100, ..Allowed::default() }).await;
 }

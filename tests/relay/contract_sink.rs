@@ -10,6 +10,7 @@ use outbox_relay::store::{Route, Row};
 use outbox_relay::telemetry::Metrics;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 
 fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
     Row {
@@ -36,16 +37,16 @@ async fn ready(sink: &impl Sink) {
 async fn keeps_the_contract(sink: impl Sink, exchange: &str) {
     ready(&sink).await;
     let mut publisher = sink.publisher();
-    assert!(publisher.publish(&[]).await.is_empty());
+    assert!(publisher.publish(&[], &CancellationToken::new()).await.is_empty());
     let batch: Vec<Row> = (0..500).map(|id| row(id, exchange, "ok.1")).collect();
-    let verdicts = publisher.publish(&batch).await;
+    let verdicts = publisher.publish(&batch, &CancellationToken::new()).await;
     assert_eq!(verdicts.len(), batch.len(), "one verdict per row");
     assert!(verdicts.iter().all(Result::is_ok), "{:?}", verdicts.iter().find(|verdict| verdict.is_err()));
     // Several publishers at once do not mix up their answers.
     let publishers = (0..4).map(|number| {
         let mut publisher = sink.publisher();
         let batch: Vec<Row> = (0..200).map(|id| row(1000 * number + id, exchange, "ok.2")).collect();
-        async move { publisher.publish(&batch).await }
+        async move { publisher.publish(&batch, &CancellationToken::new()).await }
     });
     for verdicts in futures_util::future::join_all(publishers).await {
         assert!(verdicts.len() == 200 && verdicts.iter().all(Result::is_ok));
@@ -90,7 +91,7 @@ async fn ok_means_routed_for_each_row_by_itself() {
         let batch: Vec<Row> = (0..rng.i64(1..300))
             .map(|id| row(1000 * round + id, &world.name, if rng.u8(0..3) == 0 { "lost" } else { "ok.1" }))
             .collect();
-        for (row, verdict) in batch.iter().zip(publisher.publish(&batch).await) {
+        for (row, verdict) in batch.iter().zip(publisher.publish(&batch, &CancellationToken::new()).await) {
             let fault = verdict.err().map(|refusal| refusal.fault);
             let expected = (row.route.routing_key == "lost").then_some(Fault::Unroutable);
             assert_eq!(fault, expected, "row {} to {}", row.id, row.route.routing_key);
@@ -109,7 +110,7 @@ async fn a_missing_exchange_refuses_its_own_rows_only() {
     let mut publisher = sink.publisher();
     let batch: Vec<Row> =
         (0..50).map(|id| row(id, if id % 2 == 0 { &world.name } else { "missing" }, "ok.1")).collect();
-    for (row, verdict) in batch.iter().zip(publisher.publish(&batch).await) {
+    for (row, verdict) in batch.iter().zip(publisher.publish(&batch, &CancellationToken::new()).await) {
         match verdict {
             Ok(()) => assert_eq!(row.id % 2, 0),
             Err(refusal) => {
@@ -125,7 +126,7 @@ async fn a_missing_exchange_refuses_its_own_rows_only() {
 async fn an_unreachable_broker_is_an_outage_and_no_refusal() {
     let endpoint = Endpoint::Text("amqp://nobody:secret@127.0.0.1:1/%2f".to_owned().into());
     let sink = RabbitMq::connect(endpoint, Duration::from_secs(1), Arc::new(Metrics::default()));
-    let verdicts = sink.publisher().publish(&[row(1, "", "q")]).await;
+    let verdicts = sink.publisher().publish(&[row(1, "", "q")], &CancellationToken::new()).await;
     assert!(matches!(&verdicts[..], [Err(refusal)] if refusal.fault == Fault::Outage), "{verdicts:?}");
     assert!(!sink.state().borrow().is_ready());
     sink.close().await;

@@ -53,6 +53,28 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
     world.finish(Allowed::default()).await;
 }
 
+/// A sweep ends although a backlog stands behind it, and does not walk over what was delivered meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sweep_during_a_long_drain_costs_a_read_or_two() {
+    let world = World::new().await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("set transaction isolation level repeatable read").await.expect("isolation");
+    transaction.execute("select count(*) from outbox").await.expect("snapshot");
+    world.write(100_000, 1000).await;
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
+    world.drained().await;
+    let entries = world
+        .number("select idx_tup_read::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pending'")
+        .await;
+    eprintln!("{entries} index entries read");
+    // A few sweeps and the counts of health walk over it all; the hundreds of reads must not.
+    assert!(entries < 60 * 100_000, "{entries} index entries read");
+    transaction.rollback().await.expect("roll back");
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
 /// While the broker gives no answer, the relay holds no transaction.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_transaction_is_open_while_the_broker_is_waited_for() {
@@ -81,7 +103,12 @@ async fn a_locked_table_is_waited_for_without_queueing_behind_it_for_long() {
     let mut other = world.db().await;
     let mut transaction = other.begin().await.expect("begin");
     transaction.execute("lock table outbox in access exclusive mode").await.expect("lock");
-    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    let waiting = "select coalesce(max(extract(epoch from clock_timestamp() - query_start)), 0)::bigint from pg_stat_activity
+        where application_name = 'outbox-relay' and datname = current_database() and wait_event_type = 'Lock'";
+    for _ in 0..80 {
+        assert!(world.number(waiting).await <= 6, "a statement of ours queues behind the lock");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
     transaction.rollback().await.expect("roll back");
     world.write(1000, 10).await;
     world.drained().await;

@@ -115,5 +115,12 @@ async fn poison_on_a_parked_route_does_not_keep_it_parked() {
     world.drained().await;
     assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 1);
     relay.stop().await.expect("clean stop");
-    world.finish(Allowed { dead: true, refusals: true, duplicates: 500, ..Allowed::default() }).await;
+    let received = world.take_messages().await;
+    let attempt =
+        |message: &crate::support::checker::Received| message.headers.get("x-outbox-attempt").cloned();
+    let retried = |message| matches!(attempt(message), Some(lapin::types::AMQPValue::LongLongInt(2..)));
+    assert!(received.iter().all(retried), "a retried message says which attempt it is");
+    world
+        .finish_with(received, Allowed { dead: true, refusals: true, duplicates: 500, ..Allowed::default() })
+        .await;
 }

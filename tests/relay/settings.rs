@@ -90,6 +90,11 @@ async fn thirty_wrong_settings_get_thirty_good_sentences() {
         (&[("OUTBOX_LOG", "outbox_relay=loud")], "OUTBOX_LOG is \"outbox_relay=loud\": expected a level"),
         (&[("OUTBOX_LOG_FORMAT", "xml")], "OUTBOX_LOG_FORMAT is \"xml\": expected one of pretty, json, auto"),
         (&[("OUTBOX_BATCHSIZE", "10")], "OUTBOX_BATCHSIZE is not a setting; did you mean OUTBOX_BATCH_SIZE?"),
+        (&[("OUTBOX_HTTP_PORT", "8080")], "OUTBOX_HTTP_PORT is not a setting"),
+        (
+            &[("OUTBOX_MIGRATE", "true"), ("OUTBOX_TRANSACTION_POOLING", "true")],
+            "OUTBOX_MIGRATE and OUTBOX_TRANSACTION_POOLING are both true",
+        ),
         (&[("OUTBOX_CONFIG", "/does/not/exist.toml")], "cannot use the settings file /does/not/exist.toml"),
     ];
     for (pairs, sentence) in wrong {

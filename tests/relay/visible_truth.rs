@@ -42,6 +42,56 @@ async fn health_and_metrics_agree_with_the_table() {
     world.finish(Allowed { refusals: true, dead: true, ..Allowed::default() }).await;
 }
 
+/// `status` asks a running relay; the exit code says whether all is well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn status_tells_how_a_running_relay_is() {
+    let world = World::new().await;
+    let relay = world.relay(&[]).await;
+    relay.ready().await;
+    eventually("counted", async || relay.health().await.pending == Some(0)).await;
+    let listen = relay.address.to_string();
+    let status = async |args: &[&str]| {
+        let args: Vec<&str> =
+            ["status", "--http-listen", &listen].into_iter().chain(args.iter().copied()).collect();
+        crate::support::process::run(&args, &std::collections::BTreeMap::new()).await
+    };
+    let (code, out, _) = status(&[]).await;
+    assert!(code == 0 && out.contains("status      ok") && out.contains("pending     0"), "{code}: {out}");
+    let (code, out, _) = status(&["--json"]).await;
+    assert!(code == 0 && out.starts_with("{\"status\":\"ok\""), "{code}: {out}");
+    let (code, out, _) = status(&["--probe", "livez"]).await;
+    assert_eq!((code, out.as_str()), (0, "ok\n"));
+    world.sql("alter table outbox rename to elsewhere").await;
+    eventually("the exit code says that all is not well", async || status(&[]).await.0 == 3).await;
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
+/// The same lines go to the log file, without colours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn logs_go_to_a_file_too() {
+    let world = World::new().await;
+    let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.log", fastrand::u64(..)));
+    let path = file.to_str().expect("UTF-8");
+    let relay = world.process(&[("OUTBOX_LOG_FILE", path), ("OUTBOX_LOG_FORMAT", "json")]).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    assert!(relay.terminate().await.success());
+    let lines = std::fs::read_to_string(&file).expect("the log file");
+    std::fs::remove_file(&file).expect("remove");
+    for event in [
+        "starting",
+        "connected to the database",
+        "connected to the broker",
+        "stopping",
+        "stopped; everything confirmed is marked",
+    ] {
+        let told = lines.lines().filter(|line| line.contains(&format!("\"message\":\"{event}\""))).count();
+        assert_eq!(told, 1, "{event:?} is told {told} times in\n{lines}");
+    }
+    assert!(lines.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()), "{lines}");
+    world.abandon();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_endpoint_answers_nonsense_with_an_error() {
     let world = World::new().await;

@@ -6,7 +6,7 @@
 
 use super::classify::{reply_code, sentence};
 use lapin::options::ExchangeDeclareOptions;
-use lapin::types::FieldTable;
+use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, Connection, ExchangeKind};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -71,10 +71,7 @@ impl Exchanges {
 
     /// A publish to it closed the channel.
     pub(super) fn refused(&mut self, exchange: &str, reason: String) {
-        self.answers.insert(
-            exchange.to_owned(),
-            Answer { at: Instant::now(), refused: Some(reason), by_publish: true },
-        );
+        self.note(exchange, Some(reason), true);
     }
 
     fn note(&mut self, exchange: &str, refused: Option<String>, by_publish: bool) {
@@ -90,8 +87,7 @@ impl Exchanges {
     }
 
     async fn ask(&mut self, connection: &Connection, exchange: &str) -> Result<Access, String> {
-        let answer = match tokio::time::timeout(ASK_LIMIT, self.declare_passively(connection, exchange)).await
-        {
+        let answer = match tokio::time::timeout(ASK_LIMIT, self.exists(connection, exchange)).await {
             Ok(answer) => answer,
             Err(_) => {
                 self.channel = None;
@@ -113,13 +109,18 @@ impl Exchanges {
         Ok(access)
     }
 
-    async fn declare_passively(&mut self, connection: &Connection, exchange: &str) -> lapin::Result<()> {
+    async fn exists(&mut self, connection: &Connection, exchange: &str) -> lapin::Result<()> {
         let channel = match &self.channel {
             Some(channel) => channel,
             None => self.channel.insert(connection.create_channel().await?),
         };
-        let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
-        let name = lapin::types::ShortString::try_new(exchange).unwrap_or_default();
-        channel.exchange_declare(name, ExchangeKind::Direct, options, FieldTable::default()).await
+        declare_passively(channel, exchange).await
     }
+}
+
+/// Asks for an exchange without creating it; 404 closes the channel.
+pub(super) async fn declare_passively(channel: &Channel, exchange: &str) -> lapin::Result<()> {
+    let options = ExchangeDeclareOptions { passive: true, ..Default::default() };
+    let name = ShortString::try_new(exchange).unwrap_or_default();
+    channel.exchange_declare(name, ExchangeKind::Direct, options, FieldTable::default()).await
 }

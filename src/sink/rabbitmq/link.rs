@@ -191,7 +191,7 @@ impl Drop for Link {
 }
 
 /// One connection to one address, or why there is none.
-pub async fn connect(url: &SecretString) -> Result<Connection, SinkState> {
+pub(super) async fn connect(url: &SecretString) -> Result<Connection, SinkState> {
     let server = redact(url);
     let away = |configuration, reason: String| SinkState::Away {
         configuration,
@@ -234,7 +234,7 @@ async fn knock(url: &SecretString) -> Result<(), SinkState> {
 }
 
 /// Parses an AMQP URL. lapin would silently make `localhost` of an IPv6 address.
-pub fn address(url: &SecretString) -> Result<AMQPUri, String> {
+fn address(url: &SecretString) -> Result<AMQPUri, String> {
     let mut uri: AMQPUri = url.expose_secret().parse().map_err(|_| "the URL is not usable".to_owned())?;
     if let Ok(parsed) = url::Url::parse(url.expose_secret())
         && let Some(url::Host::Ipv6(host)) = parsed.host()

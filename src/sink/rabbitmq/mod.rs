@@ -5,14 +5,15 @@
 //! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
 //! - `message`: a row as an AMQP message.
 //! - `classify`: what the broker's errors mean.
+//! - `preflight`: what `check` looks at.
 
 pub mod classify;
 mod exchanges;
 mod link;
 pub mod message;
+pub mod preflight;
 mod publisher;
 
-pub use link::{address, connect};
 pub use publisher::RabbitPublisher;
 
 use super::{Sink, SinkState};
@@ -59,9 +60,10 @@ impl Sink for RabbitMq {
     async fn close(&self) {
         self.stop.cancel();
         let link = self.link.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(link) = link {
-            // The link bounds its own ending; an error here is a panic it has already reported.
-            let _ = link.await;
+        if let Some(link) = link
+            && let Err(error) = link.await
+        {
+            tracing::error!(%error, "the keeper of the broker's connection failed");
         }
     }
 }

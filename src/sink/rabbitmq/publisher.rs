@@ -17,10 +17,12 @@ use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation, Connection};
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
 
 /// Longest the opening of a channel may take.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
@@ -39,6 +41,8 @@ pub struct RabbitPublisher {
     confirm_timeout: Duration,
     channel: Option<Open>,
     exchanges: Exchanges,
+    /// The connection that `exchanges` and `message_size_max` were learned from.
+    learned_from: Weak<Connection>,
     /// The broker's limit, once it has told us.
     message_size_max: Option<usize>,
 }
@@ -59,12 +63,56 @@ enum Answer {
     Silence,
 }
 
+/// Messages that go out together.
+struct Round<'a> {
+    batch: &'a [Row],
+    /// Messages with the index of their row.
+    messages: &'a [(usize, Message)],
+    /// Which of the messages.
+    positions: &'a [usize],
+}
+
+impl<'a> Round<'a> {
+    fn items(&self) -> impl Iterator<Item = (usize, &'a Row, &'a Message)> {
+        self.positions.iter().map(|position| {
+            let (index, message) = &self.messages[*position];
+            (*index, &self.batch[*index], message)
+        })
+    }
+}
+
+/// What has come back for a round.
+#[derive(Default)]
+struct Answers {
+    by_slot: Vec<Option<Answer>>,
+    /// Returned messages by row id; not necessarily of the confirm they came with.
+    returned: HashMap<i64, BasicReturnMessage>,
+}
+
+impl Answers {
+    fn take(&mut self, slot: usize, answer: lapin::Result<Confirmation>) {
+        let (answer, message) = match answer {
+            Ok(Confirmation::Ack(message)) => (Answer::Ack, message),
+            Ok(Confirmation::Nack(message)) => (Answer::Nack, message),
+            // The channel was not in confirm mode after all; nothing is known.
+            Ok(Confirmation::NotRequested) => (Answer::Lost, None),
+            Err(error) => (Answer::Error(error), None),
+        };
+        self.by_slot[slot] = Some(answer);
+        if let Some(message) = message
+            && let Some(id) = outbox_id(&message)
+        {
+            self.returned.insert(id, message);
+        }
+    }
+}
+
 /// How the waiting for a batch's confirms ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ended {
     /// All are in, or have failed.
     Complete,
-    /// The channel is gone, and some never came.
+    /// The channel is gone or the relay out of time, and some never came.
     Lost,
     /// The confirm time-out.
     TimedOut,
@@ -77,7 +125,16 @@ impl RabbitPublisher {
         confirm_timeout: Duration,
     ) -> Self {
         let exchanges = Exchanges::default();
-        Self { connection, state, confirm_timeout, channel: None, exchanges, message_size_max: None }
+        let learned_from = Weak::new();
+        Self {
+            connection,
+            state,
+            confirm_timeout,
+            channel: None,
+            exchanges,
+            learned_from,
+            message_size_max: None,
+        }
     }
 
     /// The channel, opened anew after a loss.
@@ -89,11 +146,12 @@ impl RabbitPublisher {
         {
             return Ok(open.clone());
         }
-        let same = self.channel.take().is_some_and(|open| Arc::ptr_eq(&open.connection, &connection));
-        if !same {
+        self.channel = None;
+        if self.learned_from.upgrade().is_none_or(|known| !Arc::ptr_eq(&known, &connection)) {
             self.exchanges.forget();
+            self.message_size_max = None;
+            self.learned_from = Arc::downgrade(&connection);
         }
-        self.message_size_max = self.message_size_max.filter(|_| same);
         let opening = async {
             let channel = connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
@@ -127,21 +185,30 @@ impl RabbitPublisher {
         compose(row, frame_max).map_err(hopeless)
     }
 
-    /// Sorts messages into rounds: all that may go together, then for each exchange that refused
-    /// lately one message alone and the others after it.
+    /// Sorts messages into rounds: all that may go together, then for each exchange that refused lately one
+    /// message alone and the others after it, and last what must not overtake those of its key.
     async fn rounds(
         &mut self,
         connection: &Connection,
+        batch: &[Row],
         messages: &[(usize, Message)],
         verdicts: &mut [Option<Verdict>],
     ) -> Result<Vec<Vec<usize>>, String> {
-        let mut together = Vec::new();
-        let mut tries: HashMap<&str, Vec<usize>> = HashMap::new();
+        let (mut together, mut last) = (Vec::new(), Vec::new());
+        let mut tries: Vec<(&str, Vec<usize>)> = Vec::new();
+        let mut delayed_keys = HashSet::new();
         for (position, (index, message)) in messages.iter().enumerate() {
-            let exchange = message.exchange.as_str();
+            let (exchange, key) = (message.exchange.as_str(), batch[*index].ordering_key.as_deref());
             match self.exchanges.access(connection, exchange).await? {
+                Access::Open if key.is_some_and(|key| delayed_keys.contains(key)) => last.push(position),
                 Access::Open => together.push(position),
-                Access::OneTry => tries.entry(exchange).or_default().push(position),
+                Access::OneTry => {
+                    delayed_keys.extend(key);
+                    match tries.iter_mut().find(|(name, _)| *name == exchange) {
+                        Some((_, positions)) => positions.push(position),
+                        None => tries.push((exchange, vec![position])),
+                    }
+                }
                 Access::Refused(reason) => {
                     verdicts[*index] = Some(Err(Refusal::new(Fault::Destination, reason)));
                 }
@@ -152,6 +219,7 @@ impl RabbitPublisher {
             let rest = positions.split_off(1);
             rounds.extend([positions, rest]);
         }
+        rounds.push(last);
         Ok(rounds)
     }
 
@@ -159,39 +227,37 @@ impl RabbitPublisher {
     async fn send(
         &mut self,
         open: &Open,
-        batch: &[Row],
-        messages: &[(usize, Message)],
-        round: &[usize],
+        round: &Round<'_>,
         verdicts: &mut [Option<Verdict>],
+        give_up: &CancellationToken,
     ) {
-        let mut answers: Vec<Option<Answer>> = round.iter().map(|_| None).collect();
-        let mut returned = HashMap::new();
-        let ended = self.exchange(open, batch, messages, round, &mut answers, &mut returned).await;
+        let mut answers =
+            Answers { by_slot: round.positions.iter().map(|_| None).collect(), ..Answers::default() };
+        let ended = self.exchange(open, round, &mut answers, give_up).await;
         if ended != Ended::Complete {
             self.abandon_channel();
         }
-        let broken = ended != Ended::Complete
-            || answers.iter().any(|answer| matches!(answer, Some(Answer::Error(_)) | None));
-        for (answer, position) in answers.into_iter().zip(round) {
-            let (index, message) = &messages[*position];
-            let row = &batch[*index];
+        let Answers { by_slot, returned } = answers;
+        let failed = |answer: &Option<Answer>| matches!(answer, Some(Answer::Error(_)) | None);
+        let broken = ended != Ended::Complete || by_slot.iter().any(failed);
+        for ((index, row, message), answer) in round.items().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
             let verdict = match answer.unwrap_or(none) {
                 _ if returned.contains_key(&row.id) => Err(unroutable(row, &returned[&row.id])),
-                Answer::Ack if broken && !returned.is_empty() => Err(Refusal::new(
-                    Fault::Unknown,
-                    "confirmed, but the channel broke before all returns were seen",
-                )),
+                Answer::Ack if broken && !returned.is_empty() => {
+                    let reason = "confirmed, but the channel broke before all returns were seen";
+                    Err(Refusal::new(Fault::Unknown, reason))
+                }
                 Answer::Ack => Ok(()),
                 Answer::Nack => Err(refused_by_queue(row)),
-                Answer::Error(error) => Err(self.learn(&error, message, row, round.len() == 1)),
+                Answer::Error(error) => Err(self.learn(&error, message, row, round.positions.len() == 1)),
                 Answer::Lost => Err(Refusal::new(Fault::Unknown, "the channel was lost before the confirm")),
                 Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
             };
             if verdict.is_ok() {
                 self.exchanges.accepted(message.exchange.as_str());
             }
-            verdicts[*index] = Some(verdict);
+            verdicts[index] = Some(verdict);
         }
     }
 
@@ -199,27 +265,26 @@ impl RabbitPublisher {
     async fn exchange(
         &self,
         open: &Open,
-        batch: &[Row],
-        messages: &[(usize, Message)],
-        round: &[usize],
-        answers: &mut [Option<Answer>],
-        returned: &mut HashMap<i64, BasicReturnMessage>,
+        round: &Round<'_>,
+        answers: &mut Answers,
+        give_up: &CancellationToken,
     ) -> Ended {
         // Polled first in the order they are pushed, and a first poll queues the frames: messages
         // leave in the order of the batch and share writes.
         let mut confirms = FuturesUnordered::new();
-        for (slot, position) in round.iter().enumerate() {
-            let (index, message) = &messages[*position];
+        for (slot, (_, row, message)) in round.items().enumerate() {
             let publish = open.channel.basic_publish(
                 message.exchange.clone(),
                 message.routing_key.clone(),
                 BasicPublishOptions { mandatory: true, immediate: false },
-                &batch[*index].payload,
+                &row.payload,
                 message.properties.clone(),
             );
             confirms.push(async move { (slot, async { publish.await?.await }.await) });
         }
         let mut look = tokio::time::interval(LOOK);
+        // After the process was frozen one look is made up for, not all: the answers may be there already.
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
         loop {
             tokio::select! {
@@ -227,7 +292,7 @@ impl RabbitPublisher {
                 // 1. Answers first: a confirm that is in must never be given up.
                 answer = confirms.next() => {
                     let Some((slot, answer)) = answer else { return Ended::Complete };
-                    answers[slot] = Some(sort_answer(answer, returned));
+                    answers.take(slot, answer);
                     waited = Duration::ZERO;
                 }
                 // 2. The clock of the time-out; it stands still while the broker blocks us.
@@ -237,12 +302,13 @@ impl RabbitPublisher {
                     } else if self.state.borrow().is_ready() {
                         waited += LOOK;
                     }
-                    if waited > self.confirm_timeout || lost_for > LOST_LIMIT {
+                    let lost = lost_for > LOST_LIMIT || give_up.is_cancelled();
+                    if lost || waited > self.confirm_timeout {
                         // Whatever has come in meanwhile counts, its returns above all.
                         while let Some(Some((slot, answer))) = confirms.next().now_or_never() {
-                            answers[slot] = Some(sort_answer(answer, returned));
+                            answers.take(slot, answer);
                         }
-                        return if lost_for > LOST_LIMIT { Ended::Lost } else { Ended::TimedOut };
+                        return if lost { Ended::Lost } else { Ended::TimedOut };
                     }
                 }
             }
@@ -265,7 +331,7 @@ impl RabbitPublisher {
 }
 
 impl Publisher for RabbitPublisher {
-    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+    async fn publish(&mut self, batch: &[Row], give_up: &CancellationToken) -> Vec<Verdict> {
         let mut verdicts: Vec<Option<Verdict>> = batch.iter().map(|_| None).collect();
         let open = match self.open().await {
             Ok(open) => open,
@@ -282,35 +348,20 @@ impl Publisher for RabbitPublisher {
                 Err(refusal) => verdicts[index] = Some(Err(refusal)),
             }
         }
-        let rounds = self.rounds(&open.connection, &messages, &mut verdicts).await;
-        for round in rounds.unwrap_or_default().iter().filter(|round| !round.is_empty()) {
+        let rounds = match self.rounds(&open.connection, batch, &messages, &mut verdicts).await {
+            Ok(rounds) => rounds,
+            Err(reason) => return vec![Err(Refusal::new(Fault::Outage, reason)); batch.len()],
+        };
+        for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
             // A round after one that broke the channel is left for the next batch.
             if open.channel.status().connected() {
-                self.send(&open, batch, &messages, round, &mut verdicts).await;
+                let round = Round { batch, messages: &messages, positions };
+                self.send(&open, &round, &mut verdicts, give_up).await;
             }
         }
         let not_sent = || Err(Refusal::new(Fault::Outage, "not sent: the channel was lost"));
         verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(not_sent)).collect()
     }
-}
-
-fn sort_answer(
-    answer: lapin::Result<Confirmation>,
-    returned: &mut HashMap<i64, BasicReturnMessage>,
-) -> Answer {
-    let (sorted, message) = match answer {
-        Ok(Confirmation::Ack(message)) => (Answer::Ack, message),
-        Ok(Confirmation::Nack(message)) => (Answer::Nack, message),
-        // The channel was not in confirm mode after all; nothing is known.
-        Ok(Confirmation::NotRequested) => (Answer::Silence, None),
-        Err(error) => (Answer::Error(error), None),
-    };
-    if let Some(message) = message
-        && let Some(id) = outbox_id(&message)
-    {
-        returned.insert(id, message);
-    }
-    sorted
 }
 
 fn outbox_id(message: &BasicReturnMessage) -> Option<i64> {

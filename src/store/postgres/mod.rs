@@ -13,7 +13,7 @@ pub mod schema;
 mod session;
 mod statements;
 
-pub use session::{Connector, connect_error};
+pub use session::Connector;
 
 use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Store, StoreError};
 use crate::config::Settings;

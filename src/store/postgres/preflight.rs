@@ -2,73 +2,78 @@
 
 use super::error::classify;
 use super::schema::Shape;
-use crate::cli::Finding;
-use crate::config::Settings;
+use super::session::{Connector, within};
+use crate::config::{Settings, TableName};
+use crate::preflight::Finding;
+use crate::store::StoreError;
+use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 
 /// Looks at the server, the table, its sequence, indexes and grants.
-pub async fn check(mut connection: PgConnection, settings: &Settings) -> Vec<Finding> {
-    let mut findings = vec![("database connection and login".to_owned(), Ok(()))];
-    let table = &settings.table;
-    let shape = match Shape::read(&mut connection, table).await {
-        Ok(shape) => shape,
-        Err(error) => {
-            findings.push((format!("table {table}"), Err(classify(&error).sentence)));
-            return findings;
+pub async fn check(settings: &Settings) -> Vec<Finding> {
+    let connected = "database connection and login";
+    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
+    let mut connection = match connector.connect().await {
+        Ok(connection) => connection,
+        Err(StoreError { sentence, .. }) => {
+            let remedy = "check DATABASE_URL, that the server runs, and the login";
+            return vec![Finding::new(connected, Err(format!("{sentence}; {remedy}")))];
         }
     };
-    let primary = if shape.standby {
-        Err("this is a read-only standby; name the primary in DATABASE_URL".to_owned())
-    } else {
-        Ok(())
-    };
-    findings.push(("database is a primary".to_owned(), primary));
-    let faults = shape.faults(table);
-    let columns = if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) };
-    findings.push((format!("table {table} with its columns"), columns));
-    if shape.present {
-        match details(&mut connection, settings).await {
-            Ok(details) => findings.extend(details),
-            Err(error) => findings.push((format!("table {table}"), Err(classify(&error).sentence))),
-        }
+    let mut findings = vec![Finding::new(connected, Ok(()))];
+    match within(table(&mut connection, &settings.table)).await {
+        Ok(more) => findings.extend(more),
+        Err(error) => findings.push(Finding::new(format!("table {}", settings.table), Err(error.sentence))),
     }
     findings
 }
 
-async fn details(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
-    let table = &settings.table;
-    let query = sqlx::query(include_str!("../sql/preflight.sql")).persistent(false);
-    let row = query.bind(table.quoted()).fetch_one(connection).await?;
-    let login: String = row.try_get("login")?;
-    let cache: i64 = row.try_get("sequence_cache")?;
-    let mut findings = vec![(
-        "sequence of id gives ids one by one".to_owned(),
-        match cache {
-            1 => Ok(()),
-            _ => Err(format!(
-                "its cache is {cache}, so ids do not follow commits; run: alter table {} alter column id set cache 1",
-                table.quoted()
-            )),
-        },
+async fn table(connection: &mut PgConnection, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> {
+    let shape = Shape::read(connection, table).await?;
+    let standby = "this is a read-only standby; name the primary in DATABASE_URL".to_owned();
+    let faults = shape.faults(table);
+    let mut findings = vec![
+        Finding::new("database is a primary", if shape.standby { Err(standby) } else { Ok(()) }),
+        Finding::new(
+            format!("table {table} with its columns"),
+            if faults.is_empty() { Ok(()) } else { Err(faults.join("; ")) },
+        ),
+    ];
+    if shape.present {
+        let query = sqlx::query(include_str!("../sql/preflight.sql")).persistent(false);
+        match query.bind(table.quoted()).fetch_one(connection).await {
+            Ok(row) => findings.extend(details(&row, table)?),
+            // A table of another make may not even have the columns that are asked about.
+            Err(error) => findings.push(Finding::new("indexes and grants", Err(classify(&error).sentence))),
+        }
+    }
+    Ok(findings)
+}
+
+fn details(row: &PgRow, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> {
+    let (login, cache): (String, i64) = (row.try_get("login")?, row.try_get("sequence_cache")?);
+    let table = table.quoted();
+    let cached = format!(
+        "its cache is {cache}, so ids do not follow commits; run: alter table {table} alter column id set cache 1"
+    );
+    let mut findings = vec![Finding::new(
+        "sequence of id gives ids one by one",
+        if cache == 1 { Ok(()) } else { Err(cached) },
     )];
-    for (what, column) in [
+    let indexes = [
         ("index for the poll", "pending_index"),
         ("index for waiting rows", "waiting_index"),
         ("index for dead rows", "dead_index"),
-    ] {
-        let found = row.try_get::<bool, _>(column)?;
-        let missing = || Err("it is missing or not valid; run `outbox-relay migrate`".to_owned());
-        findings.push((what.to_owned(), if found { Ok(()) } else { missing() }));
+    ];
+    for (what, column) in indexes {
+        let missing = "it is missing or not valid; run `outbox-relay migrate`".to_owned();
+        findings.push(Finding::new(what, row.try_get::<bool, _>(column)?.then_some(()).ok_or(missing)));
     }
-    for right in ["select", "update", "delete"] {
-        let granted = row.try_get::<bool, _>(format!("may_{right}").as_str())?;
-        let missing = || {
-            Err(format!(
-                "it is missing; run as owner of the table: grant {right} on {} to \"{login}\"",
-                table.quoted()
-            ))
-        };
-        findings.push((format!("grant to {right}"), if granted { Ok(()) } else { missing() }));
+    for (right, column) in [("select", "may_select"), ("update", "may_update"), ("delete", "may_delete")] {
+        let missing =
+            format!("it is missing; run as owner of the table: grant {right} on {table} to \"{login}\"");
+        let granted = row.try_get::<bool, _>(column)?;
+        findings.push(Finding::new(format!("grant to {right}"), granted.then_some(()).ok_or(missing)));
     }
     Ok(findings)
 }

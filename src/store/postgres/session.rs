@@ -91,7 +91,7 @@ impl Connector {
 }
 
 /// A failed connect as one sentence that names the server.
-pub fn connect_error(server: &str, error: &sqlx::Error) -> StoreError {
+fn connect_error(server: &str, error: &sqlx::Error) -> StoreError {
     let StoreError { trouble, sentence } = classify(error);
     StoreError { trouble, sentence: format!("cannot connect to the database at {server}: {sentence}") }
 }

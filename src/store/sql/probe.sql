@@ -1,4 +1,4 @@
--- The oldest waiting row of a parked route, due or not, that no earlier row of its key holds back.
+-- The waiting row of a parked route that is or will be due first, and that no earlier row of its key holds back.
 -- $1 exchange    $2 routing key    $3 default exchange    $4 ids in flight    $5 keep the order of keys
 select {columns}
 from {outbox} as o
@@ -11,5 +11,7 @@ where o.delivered_at is null and o.dead_at is null and o.attempts > 0
           and earlier.delivered_at is null and earlier.dead_at is null
           and earlier.attempts > 0
         limit 1) is null)
-order by o.id
+-- Not by id alone: that would walk the index of all pending rows. The longest due first, so that one poison row
+-- is not the only probe.
+order by o.available_at, o.id
 limit 1

@@ -11,6 +11,7 @@ pub mod scripted;
 pub mod servers;
 pub mod world;
 
+pub use process::RelayProcess;
 pub use world::World;
 
 use std::time::{Duration, Instant};

@@ -89,11 +89,20 @@ impl RelayProcess {
         std::fs::read_to_string(&self.log).expect("log")
     }
 
-    /// Resident memory in bytes.
+    /// Resident memory in bytes, now.
     pub fn rss(&self) -> usize {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap_or_default();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or("0 kB");
-        line.trim().trim_end_matches(" kB").trim().parse::<usize>().unwrap_or(0) * 1024
+        self.memory("VmRSS:")
+    }
+
+    /// The most resident memory there has been, in bytes.
+    pub fn peak_rss(&self) -> usize {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("/proc");
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("a size");
+        line.trim().trim_end_matches(" kB").parse::<usize>().expect("kB") * 1024
     }
 
     /// Status and body of a path; status 0 if nobody answers.

@@ -4,6 +4,7 @@ use outbox_relay::sink::{Publisher, Sink, SinkState, Verdict};
 use outbox_relay::store::Row;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 type Script = Box<dyn FnMut(&Row) -> Verdict + Send>;
 
@@ -46,7 +47,7 @@ impl Sink for ScriptedSink {
 }
 
 impl Publisher for ScriptedSink {
-    async fn publish(&mut self, batch: &[Row]) -> Vec<Verdict> {
+    async fn publish(&mut self, batch: &[Row], _: &CancellationToken) -> Vec<Verdict> {
         tokio::task::yield_now().await;
         let mut script = self.script.lock().unwrap();
         let mut verdicts = Vec::with_capacity(batch.len());

@@ -10,7 +10,8 @@ use super::servers::Servers;
 use super::{DEADLINE, eventually};
 use futures_util::StreamExt;
 use lapin::options::{
-    BasicConsumeOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions,
+    BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
+    QueueDeclareOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
@@ -245,6 +246,13 @@ impl World {
             .queue_bind(name.into(), exchange.into(), "#".into(), options, FieldTable::default())
             .await
             .expect("bind");
+    }
+
+    /// Deletes an exchange.
+    pub async fn delete_exchange(&self, exchange: &str) {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.expect("delete");
     }
 
     /// Declares a queue that refuses more than so many messages.

@@ -1,0 +1,44 @@
+//! What `outbox-relay check` looks at: both servers, the table, grants, the exchange. Goes on after a problem,
+//! so that one run shows everything; each problem comes with its remedy, each question has a time limit.
+
+use crate::config::Settings;
+use crate::sink::rabbitmq;
+use crate::store::postgres;
+use std::time::Duration;
+
+/// Longest one question may take. A broker with an alarm keeps silent instead of refusing.
+const QUESTION_LIMIT: Duration = Duration::from_secs(10);
+
+/// Something looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What was looked at.
+    pub what: String,
+    /// What is wrong with it and what to do.
+    pub problem: Option<String>,
+}
+
+impl Finding {
+    /// A finding from a result whose error says problem and remedy.
+    pub fn new(what: impl Into<String>, result: Result<(), String>) -> Self {
+        Self { what: what.into(), problem: result.err() }
+    }
+}
+
+/// Looks at everything.
+pub async fn check(settings: &Settings) -> Vec<Finding> {
+    let mut findings = postgres::preflight::check(settings).await;
+    findings.extend(rabbitmq::preflight::check(settings).await);
+    findings
+}
+
+/// Asks one question, bounded in time.
+pub async fn ask(question: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    match tokio::time::timeout(QUESTION_LIMIT, question).await {
+        Ok(answer) => answer,
+        Err(_) => Err(format!(
+            "no answer within {} s; is the server overloaded or does it hold back clients?",
+            QUESTION_LIMIT.as_secs()
+        )),
+    }
+}

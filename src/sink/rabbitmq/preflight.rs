@@ -1,0 +1,96 @@
+//! What `check` looks at in the broker.
+
+use super::classify::{reply_code, sentence};
+use super::exchanges::declare_passively;
+use super::link::connect;
+use crate::config::{Settings, endpoint};
+use crate::preflight::{Finding, ask};
+use crate::sink::SinkState;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::ShortString;
+use lapin::{BasicProperties, Confirmation, Connection};
+use secrecy::SecretString;
+use std::time::Duration;
+
+/// Longest an orderly close may take; the answers are there already.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+/// Looks at each address of the broker.
+pub async fn check(settings: &Settings) -> Vec<Finding> {
+    let urls = match settings.amqp.read() {
+        Ok(urls) => urls,
+        Err(problem) => return vec![Finding::new("broker connection and login", Err(problem))],
+    };
+    let mut findings = Vec::new();
+    for url in endpoint::urls(&urls) {
+        findings.extend(check_one(&SecretString::from(url.to_owned()), &settings.exchange).await);
+    }
+    findings
+}
+
+async fn check_one(url: &SecretString, exchange: &str) -> Vec<Finding> {
+    let connected = "broker connection and login";
+    let connection = match connect(url).await {
+        Ok(connection) => connection,
+        Err(SinkState::Away { reason, .. } | SinkState::Blocked { reason }) => {
+            let remedy = "check AMQP_URL, that the server runs, the login and the vhost";
+            return vec![Finding::new(connected, Err(format!("{reason}; {remedy}")))];
+        }
+        Err(SinkState::Ready) => return Vec::new(),
+    };
+    let what =
+        if exchange.is_empty() { "default exchange".to_owned() } else { format!("exchange {exchange}") };
+    let findings = vec![
+        Finding::new(connected, Ok(())),
+        Finding::new("publisher confirms", ask(confirms(&connection)).await),
+        Finding::new("unroutable messages are returned", ask(returns(&connection)).await),
+        Finding::new(what, ask(declared(&connection, exchange)).await),
+    ];
+    let _ = tokio::time::timeout(CLOSE_LIMIT, connection.close(200, "checked".into())).await;
+    findings
+}
+
+async fn confirms(connection: &Connection) -> Result<(), String> {
+    let select = async {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await
+    };
+    select.await.map_err(|error| format!("{}; the broker must support publisher confirms", sentence(&error)))
+}
+
+/// Sends a mandatory message that no queue can take: the broker has to give it back. Reaches nobody, since
+/// the default exchange leads only to the queue of exactly this name.
+async fn returns(connection: &Connection) -> Result<(), String> {
+    let nowhere = format!("outbox-relay.check.{}", uuid::Uuid::new_v4());
+    let publish = async {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let key = ShortString::try_new(nowhere).unwrap_or_default();
+        channel.basic_publish("".into(), key, options, b"", BasicProperties::default()).await?.await
+    };
+    match publish.await {
+        Ok(Confirmation::Ack(Some(_))) => Ok(()),
+        Ok(_) => {
+            Err("a message that no queue takes was confirmed and not returned; is there a proxy in between?"
+                .to_owned())
+        }
+        // A login that may not write to the default exchange cannot be asked this; its own exchange is
+        // asked for below.
+        Err(error) if reply_code(&error) == Some(403) => Ok(()),
+        Err(error) => Err(sentence(&error)),
+    }
+}
+
+async fn declared(connection: &Connection, exchange: &str) -> Result<(), String> {
+    if exchange.is_empty() {
+        return Ok(());
+    }
+    let declare = async {
+        let channel = connection.create_channel().await?;
+        declare_passively(&channel, exchange).await
+    };
+    declare.await.map_err(|error| {
+        format!("{}; declare it before the relay starts, or set OUTBOX_EXCHANGE", sentence(&error))
+    })
+}
