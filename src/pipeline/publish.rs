@@ -167,8 +167,8 @@ impl<P: Publisher> Worker<P> {
     /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
     /// one that has waited is a probe, and goes alone.
     async fn accept_for_silent_route(&mut self, row: Row) {
-        // Behind earlier rows of its key it has to queue up: a refusal would send those back to the table.
-        let behind = row.ordering_key.as_ref().is_some_and(|key| self.queue.has_rows_of(key));
+        // Only the first row of a key may be refused: one that had waited would be tried before those before it.
+        let behind = row.ordering_key.as_ref().is_some_and(|key| self.queue.is_busy_with(key));
         if row.attempts == 0 && !behind {
             let reason = "not sent: this route has given no confirms lately";
             return self.wait(row, Refusal::new(Fault::Silence, reason)).await;

@@ -60,9 +60,9 @@ impl Queue {
         }
     }
 
-    /// Rows of this key are waiting.
-    pub fn has_rows_of(&self, key: &Arc<str>) -> bool {
-        self.keyed.contains_key(key)
+    /// Earlier rows of this key wait here, or in the table since a refusal.
+    pub fn is_busy_with(&self, key: &Arc<str>) -> bool {
+        self.keyed.contains_key(key) || self.held.contains_key(key)
     }
 
     /// No row is waiting.
@@ -260,6 +260,7 @@ mod tests {
         let refused = queue.next_batch(1, 1 << 20).remove(0);
         let key = refused.row.ordering_key.expect("keyed");
         assert_eq!(queue.hold(&key).iter().map(|row| row.id).collect::<Vec<_>>(), [2]);
+        assert!(queue.is_busy_with(&key));
         assert!(queue.push(row(6, Some("a")).into()).is_some());
         assert!(queue.push(row(7, Some("b")).into()).is_none());
         queue.resume(&key);
