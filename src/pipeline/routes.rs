@@ -18,6 +18,8 @@ const ROUTES_MAX: usize = 1024;
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// A probe that took long, because no answer came, is followed by this many times its duration of rest.
 const PROBE_REST: u32 = 10;
+/// Longest rest all the same: an outage may have been part of what a probe took.
+const PROBE_REST_MAX: Duration = Duration::from_secs(300);
 
 /// Routes that have refused a message since their last success.
 #[derive(Debug)]
@@ -74,7 +76,7 @@ impl Routes {
             state.probes = state.probes.saturating_add(1);
             let pause = backoff.delays().nth(state.probes.min(32) as usize).unwrap_or(backoff.max);
             let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
-            state.next_probe = now + pause.max(took * PROBE_REST);
+            state.next_probe = now + pause.max((took * PROBE_REST).min(PROBE_REST_MAX));
         }
         if was_parked || !state.parked() {
             return Parking::Unchanged;
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_took_long_is_followed_by_a_longer_rest() {
+    fn a_probe_that_took_long_is_followed_by_a_longer_rest_of_bounded_length() {
         let (mut routes, route, now) =
             (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
         for _ in 0..PARK_AFTER {
@@ -183,7 +185,11 @@ mod tests {
         let answered = sent + Duration::from_secs(30);
         routes.refused(&route, true, answered);
         assert!(routes.take_due_probe(answered + Duration::from_secs(299)).is_none());
-        assert!(routes.take_due_probe(answered + Duration::from_secs(300)).is_some());
+        let sent = answered + Duration::from_secs(300);
+        assert!(routes.take_due_probe(sent).is_some());
+        let answered = sent + Duration::from_secs(3600);
+        routes.refused(&route, true, answered);
+        assert!(routes.take_due_probe(answered + PROBE_REST_MAX).is_some());
     }
 
     #[test]
