@@ -12,7 +12,7 @@
 //! - [`retry`]: what follows from each failure, in one `match`.
 //! - [`housekeeping`]: counting and retention, beside the flow.
 //! - [`relay`]: the assembly; starts, watches and stops everything.
-//! - [`preflight`]: what `check` looks at.
+//! - [`preflight`]: findings of `check`.
 //! - [`http`]: health and metrics endpoints.
 //! - [`telemetry`]: logs, metrics, liveness.
 //! - [`cli`]: commands of the binary.

@@ -1,9 +1,6 @@
-//! What `outbox-relay check` looks at: both servers, the table, grants, the exchange. Goes on after a problem,
-//! so that one run shows everything; each problem comes with its remedy, each question has a time limit.
+//! The words of `outbox-relay check`: a finding, and a question with a time limit. What is asked of each server
+//! stands beside its other code: `store/postgres/preflight.rs` and `sink/rabbitmq/preflight.rs`.
 
-use crate::config::Settings;
-use crate::sink::rabbitmq;
-use crate::store::postgres;
 use std::time::Duration;
 
 /// Longest one question may take. A broker with an alarm keeps silent instead of refusing.
@@ -23,13 +20,6 @@ impl Finding {
     pub fn new(what: impl Into<String>, result: Result<(), String>) -> Self {
         Self { what: what.into(), problem: result.err() }
     }
-}
-
-/// Looks at everything.
-pub async fn check(settings: &Settings) -> Vec<Finding> {
-    let mut findings = postgres::preflight::check(settings).await;
-    findings.extend(rabbitmq::preflight::check(settings).await);
-    findings
 }
 
 /// Asks one question, bounded in time.

@@ -1,13 +1,18 @@
-//! `outbox-relay check`.
+//! `outbox-relay check`: looks at both servers and goes on after a problem, so that one run shows everything.
 
 use super::UNWELL;
 use crate::config::{Settings, Sources};
-use crate::preflight;
+use crate::sink::rabbitmq;
+use crate::store::postgres;
 use std::process::ExitCode;
 
 pub(super) fn run(sources: &Sources) -> anyhow::Result<ExitCode> {
     let settings = Settings::resolve(sources)?;
-    let findings = super::block_on(async { Ok(preflight::check(&settings).await) })?;
+    let findings = super::block_on(async {
+        let mut findings = postgres::preflight::check(&settings).await;
+        findings.extend(rabbitmq::preflight::check(&settings).await);
+        Ok(findings)
+    })?;
     for finding in &findings {
         match &finding.problem {
             None => println!("ok       {}", finding.what),
