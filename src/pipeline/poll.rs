@@ -301,6 +301,8 @@ impl<S: Store> Poll<S> {
             keep_order: self.limits.keep_order,
             parked: &self.routes.parked(),
         };
+        // Once per read, not per settled row: the list has been made here anyway.
+        self.metrics.parked_routes.set(ask.parked.len() as i64);
         let started = Instant::now();
         let Read { rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
         self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
@@ -412,7 +414,6 @@ impl<S: Store> Poll<S> {
                 }
             }
         }
-        self.metrics.parked_routes.set(self.routes.parked_count() as i64);
     }
 
     fn show_in_flight(&self) {
@@ -469,10 +470,7 @@ impl<S: Store> Poll<S> {
                 let prober = self.prober();
                 self.send(row, prober).await;
             }
-            Ok(None) => {
-                self.routes.nothing_waits(&route);
-                self.metrics.parked_routes.set(self.routes.parked_count() as i64);
-            }
+            Ok(None) => self.routes.nothing_waits(&route),
             Err(error) => {
                 self.routes.probe_released(&route, Instant::now());
                 return Err(error);

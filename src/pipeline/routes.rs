@@ -114,11 +114,6 @@ impl Routes {
         self.refusing.iter().filter(|(_, state)| state.parked()).map(|(route, _)| Arc::clone(route)).collect()
     }
 
-    /// How many routes are parked.
-    pub fn parked_count(&self) -> usize {
-        self.refusing.values().filter(|state| state.parked()).count()
-    }
-
     /// Takes a route that is due for a probe and notes that one is on its way.
     pub fn take_due_probe(&mut self, now: Instant) -> Option<Arc<Route>> {
         let due =

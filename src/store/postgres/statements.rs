@@ -25,6 +25,7 @@ impl Statements {
         let outbox = table.quoted();
         let prepare = |text: &str| {
             let text = text.replace("{columns}", include_str!("../sql/columns.sql").trim());
+            let text = text.replace("{in_turn}", include_str!("../sql/in_turn.sql").trim());
             AssertSqlSafe(text.replace("{outbox}", &outbox)).into_sql_str()
         };
         Self {

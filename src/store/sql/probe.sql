@@ -5,12 +5,7 @@ from {outbox} as o
 where o.delivered_at is null and o.dead_at is null and o.attempts > 0
   and o.routing_key = $2 and coalesce(o.exchange, $3) = $1
   and o.id <> all ($4::bigint[])
-  and (not $5::boolean or o.ordering_key is null or (
-        select true from {outbox} as earlier
-        where earlier.ordering_key = o.ordering_key and earlier.id < o.id
-          and earlier.delivered_at is null and earlier.dead_at is null
-          and earlier.attempts > 0
-        limit 1) is null)
+  and {in_turn}
 -- Not by id alone: that would walk the index of all pending rows. The longest due first, so that one poison row
 -- is not the only probe.
 order by o.available_at, o.id
