@@ -27,6 +27,8 @@ pub enum Decision {
     Dead,
     /// Count it as delivered.
     Accept,
+    /// Give it back to the table untouched, together with what follows it.
+    GiveBack,
 }
 
 /// What is decided by settings.
@@ -68,6 +70,7 @@ impl Policy {
     pub fn decide(&self, fault: Fault, history: History) -> Decision {
         match fault {
             Fault::Outage | Fault::Unknown => Decision::Resend,
+            Fault::Fenced => Decision::GiveBack,
             Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,
             Fault::Suspect => Decision::ResendAlone,
             Fault::Unroutable => match self.unroutable {

@@ -143,7 +143,7 @@ impl<S: Store> Settle<S> {
     /// Counts what was committed and frees the places.
     async fn report(&self, outcomes: Vec<Outcome>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        for Outcome { id, end } in outcomes {
+        for Outcome { id, end, .. } in outcomes {
             let fate = match end {
                 End::Delivered { created_at_micros } => {
                     self.metrics.delivered.inc();
@@ -157,6 +157,7 @@ impl<S: Store> Settle<S> {
                 }
                 End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
                 End::Released => Fate::Released,
+                End::Fenced { key } => Fate::Fenced { key },
             };
             // Fails only when poll has ended, which on a stop is as it should be.
             let _ = self.output.send(Settled { id, fate }).await;
@@ -166,19 +167,25 @@ impl<S: Store> Settle<S> {
 
 fn settlement(outcomes: &[Outcome]) -> Settlement {
     let mut settlement = Settlement::default();
-    for Outcome { id, end } in outcomes {
+    for Outcome { id, lease, end } in outcomes {
         match end {
             End::Delivered { .. } => settlement.delivered.push(*id),
             End::Dead { attempts, reason } => {
-                settlement.dead.push(Dead { id: *id, attempts: *attempts, reason: reason.clone() });
+                settlement.dead.push(Dead {
+                    id: *id,
+                    lease: *lease,
+                    attempts: *attempts,
+                    reason: reason.clone(),
+                });
             }
             End::Wait { attempts, wait, reason, .. } => settlement.waiting.push(Waiting {
                 id: *id,
+                lease: *lease,
                 attempts: *attempts,
                 wait: *wait,
                 reason: reason.clone(),
             }),
-            End::Released => {}
+            End::Released | End::Fenced { .. } => {}
         }
     }
     settlement

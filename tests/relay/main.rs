@@ -13,6 +13,7 @@ mod bounded_duplicates;
 mod bounded_resources;
 mod clean_stop;
 mod containers;
+mod contract_leases;
 mod contract_sink;
 mod contract_store;
 mod harmless_to_the_database;

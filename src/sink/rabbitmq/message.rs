@@ -154,7 +154,7 @@ fn excerpt(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Route;
+    use crate::store::{Lease, Route};
     use std::sync::Arc;
 
     fn row(headers: &str) -> Row {
@@ -168,6 +168,7 @@ mod tests {
             headers: headers.to_owned(),
             created_at_micros: 1_700_000_000_000_000,
             attempts: 0,
+            lease: Lease { shard: 0, epoch: 0 },
             defect: None,
         }
     }

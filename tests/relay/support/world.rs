@@ -18,9 +18,9 @@ use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use outbox_relay::config::{Settings, Sources};
 use outbox_relay::http::Health;
 use outbox_relay::relay::{Relay, RelayError};
-use outbox_relay::sink::RabbitMq;
-use outbox_relay::store::PostgresStore;
+use outbox_relay::sink::{RabbitMq, Sink};
 use outbox_relay::store::postgres::{Connector, migrate};
+use outbox_relay::store::{LeaseTable, PostgresStore, Store};
 use outbox_relay::telemetry::Metrics;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::BTreeMap;
@@ -31,9 +31,13 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Retries quick enough for a test.
-const QUICK: [(&str, &str); 3] =
-    [("OUTBOX_RETRY_MIN", "20ms"), ("OUTBOX_RETRY_MAX", "500ms"), ("OUTBOX_LOG", "info,outbox_relay=debug")];
+/// Retries and takeovers quick enough for a test.
+const QUICK: [(&str, &str); 4] = [
+    ("OUTBOX_RETRY_MIN", "20ms"),
+    ("OUTBOX_RETRY_MAX", "500ms"),
+    ("OUTBOX_LEASE_TTL", "2s"),
+    ("OUTBOX_LOG", "info,outbox_relay=debug"),
+];
 
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
@@ -184,6 +188,15 @@ impl World {
         let url = self.servers().superuser_url.as_deref().unwrap_or(&self.database_url);
         let mut db = PgConnection::connect(url).await.expect("database");
         db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
+    }
+
+    /// Gives a role the rights a relay needs, as in `docs/OPERATING.md`.
+    pub async fn grant(&self, role: &str) {
+        self.sql(&format!(
+            "grant select, update, delete on outbox to {role};
+             grant select, insert, update, delete on outbox_lease, outbox_replica to {role}"
+        ))
+        .await;
     }
 
     /// Waits until no row is pending.
@@ -395,9 +408,7 @@ impl RunningRelay {
     }
 
     /// Runs any relay.
-    pub async fn spawn<S: outbox_relay::store::Store, K: outbox_relay::sink::Sink>(
-        relay: Relay<S, K>,
-    ) -> Self {
+    pub async fn spawn<S: Store + LeaseTable, K: Sink>(relay: Relay<S, K>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
         let address = listener.local_addr().expect("address");
         let stop = CancellationToken::new();
