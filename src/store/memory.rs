@@ -4,7 +4,7 @@
 //! call. The contract suite runs on it and on Postgres alike.
 
 use super::leases::{Lease, LeaseTable, Member, Standing};
-use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError};
+use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,7 @@ struct Table {
     failures: VecDeque<StoreError>,
     leases: BTreeMap<u32, Owned>,
     replicas: BTreeMap<Uuid, Replica>,
+    leases_stalled_until: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -78,6 +79,11 @@ impl MemoryStore {
         self.lock().failures.push_back(error);
     }
 
+    /// Lets every call to the lease table fail for a while.
+    pub fn stall_leases(&self, time: Duration) {
+        self.lock().leases_stalled_until = Some(Instant::now() + time);
+    }
+
     /// All rows as they are now, in id order.
     pub fn rows(&self) -> Vec<Stored> {
         self.lock().rows.values().cloned().collect()
@@ -110,6 +116,19 @@ fn shard_of(row: &Row, shards: u32) -> u32 {
 fn read_under(row: &Row, share: Share<'_>) -> Option<Row> {
     let lease = share.lease(shard_of(row, share.shards))?;
     Some(Row { lease, ..row.clone() })
+}
+
+impl MemoryStore {
+    fn lease_table(&self) -> Result<MutexGuard<'_, Table>, StoreError> {
+        let table = self.call()?;
+        match table.leases_stalled_until {
+            Some(until) if Instant::now() < until => Err(StoreError {
+                trouble: Trouble::Outage,
+                sentence: "the lease table is stalled".to_owned(),
+            }),
+            _ => Ok(table),
+        }
+    }
 }
 
 impl Table {
@@ -305,11 +324,11 @@ impl Store for MemoryStore {
 
 impl LeaseTable for MemoryStore {
     async fn look(&self, member: Member) -> Result<Standing, StoreError> {
-        Ok(self.call()?.standing(member, Instant::now()))
+        Ok(self.lease_table()?.standing(member, Instant::now()))
     }
 
     async fn renew(&self, member: Member, drained: &[u32]) -> Result<Standing, StoreError> {
-        let mut table = self.call()?;
+        let mut table = self.lease_table()?;
         let now = Instant::now();
         let expires_at = now + member.lease_time;
         table.replicas.retain(|_, replica| replica.expires_at > now);
@@ -338,7 +357,7 @@ impl LeaseTable for MemoryStore {
     }
 
     async fn leave(&self, member: Member) -> Result<(), StoreError> {
-        let mut table = self.call()?;
+        let mut table = self.lease_table()?;
         table.replicas.remove(&member.replica);
         let mine = |owned: &&mut Owned| owned.owner == Some(member.replica);
         table.leases.values_mut().filter(mine).for_each(|owned| owned.owner = None);

@@ -22,6 +22,7 @@ mod key_order;
 mod migrations;
 mod no_loss;
 mod no_phantom;
+mod one_owner;
 mod outages;
 mod poison;
 mod secrets;

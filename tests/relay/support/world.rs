@@ -416,6 +416,12 @@ impl RunningRelay {
         Self { address, stop, ended }
     }
 
+    /// Ends it as a crash does: nothing is finished, nothing given back.
+    pub async fn crash(self) {
+        self.ended.abort();
+        assert!(self.ended.await.is_err_and(|error| error.is_cancelled()), "it was running");
+    }
+
     /// Stops it and waits for the end.
     pub async fn stop(self) -> Result<(), RelayError> {
         self.stop.cancel();
