@@ -22,6 +22,7 @@ pub mod cli;
 pub mod config;
 pub mod housekeeping;
 pub mod http;
+mod mutants;
 pub mod ownership;
 pub mod pipeline;
 pub mod preflight;

@@ -3,6 +3,7 @@
 //! The table behind it is `docs/ARCHITECTURE.md`, "Failures".
 
 use crate::config::{Settings, Unroutable};
+use crate::mutants::mutant;
 use crate::sink::Fault;
 use crate::store::{StoreError, Trouble};
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -69,6 +70,8 @@ impl Policy {
     /// The one decision about a failed publish.
     pub fn decide(&self, fault: Fault, history: History) -> Decision {
         match fault {
+            Fault::Outage | Fault::Unknown if mutant!("dead-letter-on-outage") => Decision::Dead,
+            Fault::Outage | Fault::Unknown if mutant!("count-outages") => Decision::Wait,
             Fault::Outage | Fault::Unknown => Decision::Resend,
             Fault::Fenced => Decision::GiveBack,
             Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,

@@ -6,6 +6,7 @@
 
 use super::{Holdings, Terms};
 use crate::config::Settings;
+use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::sink::SinkState;
 use crate::store::StoreError;
@@ -137,7 +138,7 @@ impl<S: LeaseTable> Keeper<S> {
 
     async fn renew(&mut self) -> Result<(), StoreError> {
         let ready = self.away_since.is_none_or(|since| since.elapsed() < self.terms.lease_time);
-        if !ready {
+        if !ready || mutant!("give-back-undrained") {
             // Nothing of ours will be confirmed; whoever reaches the broker may go on, if there is anybody.
             self.empty.extend(self.holdings.borrow().leaving());
         }

@@ -11,6 +11,7 @@ use super::routes::{Parking, Routes};
 use super::shards::Shards;
 use super::{Fate, Settled, Work};
 use crate::config::{Ordering, Settings};
+use crate::mutants::mutant;
 use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::sink::SinkState;
@@ -341,6 +342,10 @@ impl<S: Store> Poll<S> {
         // backlog does not keep the sweep from ending.
         let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
         let Unknown { ranges, exact } = if self.sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
+        let (ranges, exact) = match mutant!("read-after-last-id") {
+            true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
+            false => (ranges, exact),
+        };
         // Exact ranges leave out what is in flight; others need the list of it.
         let in_flight: Vec<i64> = if exact { Vec::new() } else { self.in_flight.keys().copied().collect() };
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
@@ -351,7 +356,7 @@ impl<S: Store> Poll<S> {
             bytes: free_bytes,
             room_for_any: self.in_flight.is_empty(),
             in_flight: &in_flight,
-            keep_order: self.limits.keep_order,
+            keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
             share: Share { shards: self.limits.shards, leases: &leases },
         };
@@ -562,7 +567,8 @@ impl<S: Store> Poll<S> {
             self.gaps = Some(fresh);
             return Ok(());
         };
-        if horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE {
+        let nothing_can_appear = horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE;
+        if nothing_can_appear || mutant!("close-gaps-at-once") {
             let complete = horizon.pending.len() < HORIZON_IDS;
             let last =
                 if complete { check.last } else { horizon.pending.last().copied().unwrap_or(check.last) };

@@ -9,6 +9,7 @@
 use super::queue::{Queue, Queued};
 use super::{End, Outcome, Work};
 use crate::config::Settings;
+use crate::mutants::mutant;
 use crate::ownership::Permit;
 use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
@@ -209,6 +210,11 @@ impl<P: Publisher> Worker<P> {
     async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
         let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
             batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
+        if mutant!("mark-before-confirm") {
+            for row in &rows {
+                self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros }).await;
+            }
+        }
         let sent_at = Instant::now();
         let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.permit, &self.cut)).await;
         self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
@@ -284,7 +290,7 @@ impl<P: Publisher> Worker<P> {
     /// in force again.
     async fn give_back(&mut self, row: Row) {
         self.metrics.fenced.inc();
-        let key = self.queue.key_of(&row);
+        let key = self.queue.key_of(&row).filter(|_| !mutant!("no-hold-after-fence"));
         let followers = key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
         self.end(row.id, row.lease, End::Fenced { key }).await;
         self.release(followers).await;

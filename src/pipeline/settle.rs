@@ -7,6 +7,7 @@
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
 use super::{End, Fate, Outcome, Settled};
+use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::store::{Dead, Settlement, Store, StoreError, Trouble, Waiting};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
@@ -114,6 +115,9 @@ impl<S: Store> Settle<S> {
                 Err(error) => error,
             };
             self.board.database_down(DatabaseUser::Settle, &error);
+            if mutant!("forget-marks-on-error") {
+                return Ok(());
+            }
             let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
             if self.cut.run_until_cancelled(pause).await.is_none() {
                 return Err(error);
