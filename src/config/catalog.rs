@@ -206,7 +206,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_SHARDS",
         Some("16"),
         "COUNT",
-        "Shards that replicas share; reserved, one replica owns all of them",
+        "Shards that replicas share; the same for all that run at once",
     ),
     setting(
         FAILURES,
@@ -214,7 +214,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_LEASE_TTL",
         Some("10s"),
         "DURATION",
-        "Lease of a shard; reserved, one replica owns all of them",
+        "How long the keys of a replica that crashed may wait for another",
     ),
     setting(
         PROCESS,

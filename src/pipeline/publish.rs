@@ -212,7 +212,8 @@ impl<P: Publisher> Worker<P> {
             batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
         if mutant!("mark-before-confirm") {
             for row in &rows {
-                self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros }).await;
+                self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros })
+                    .await;
             }
         }
         let sent_at = Instant::now();

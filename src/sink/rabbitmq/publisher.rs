@@ -254,7 +254,9 @@ impl RabbitPublisher {
         for ((index, row, message), answer) in round.items().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
             let verdict = match answer.unwrap_or(none) {
-                _ if returned.contains_key(&row.id) && !mutant!("ignore-returns") => Err(unroutable(row, &returned[&row.id])),
+                _ if returned.contains_key(&row.id) && !mutant!("ignore-returns") => {
+                    Err(unroutable(row, &returned[&row.id]))
+                }
                 Answer::Ack if broken && !returned.is_empty() => {
                     let reason = "confirmed, but the channel broke before all returns were seen";
                     Err(Refusal::new(Fault::Unknown, reason))

@@ -11,7 +11,7 @@ use super::{DEADLINE, eventually};
 use futures_util::StreamExt;
 use lapin::options::{
     BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
-    QueueDeclareOptions, QueuePurgeOptions,
+    QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
@@ -23,7 +23,7 @@ use outbox_relay::store::postgres::{Connector, migrate};
 use outbox_relay::store::{LeaseTable, PostgresStore, Store};
 use outbox_relay::telemetry::Metrics;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -152,6 +152,13 @@ impl World {
         query.fetch_one(&mut self.db().await).await.unwrap_or_else(|error| panic!("{error} in: {sql}"))
     }
 
+    /// All ids a query finds.
+    pub async fn ids(&self, sql: &str) -> HashSet<i64> {
+        let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
+        let ids: Vec<i64> = query.fetch_all(&mut self.db().await).await.expect("ids");
+        ids.into_iter().collect()
+    }
+
     /// A single text.
     pub async fn text(&self, sql: &str) -> Option<String> {
         let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
@@ -232,7 +239,8 @@ impl World {
         }
     }
 
-    async fn declare(&self) {
+    /// Declares exchange and queue of this world.
+    pub async fn declare(&self) {
         let connection = self.amqp().await;
         let channel = connection.create_channel().await.expect("channel");
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -284,6 +292,13 @@ impl World {
         let connection = self.amqp().await;
         let channel = connection.create_channel().await.expect("channel");
         channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.expect("purge");
+    }
+
+    /// Deletes the queue of this world; answers with the messages it held.
+    pub async fn delete_queue(&self) -> u32 {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        channel.queue_delete(self.name.as_str().into(), QueueDeleteOptions::default()).await.expect("delete")
     }
 
     /// Binds the queue.
