@@ -100,6 +100,12 @@ impl Proxy {
         self.link.send_replace(link);
     }
 
+    /// No connection is open. What one that was cut had under way is gone then.
+    pub fn is_idle(&self) -> bool {
+        // Each connection listens for changes of the link.
+        self.link.receiver_count() == 0
+    }
+
     /// Connections that this proxy has ended so far; each may cost a window of unknown outcomes.
     pub fn broken(&self) -> u64 {
         self.broken.load(Relaxed)

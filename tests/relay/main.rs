@@ -16,6 +16,7 @@ mod containers;
 mod contract_leases;
 mod contract_sink;
 mod contract_store;
+mod crash_points;
 mod faults;
 mod harmless_to_the_database;
 mod integrity;
