@@ -25,4 +25,5 @@ mod outages;
 mod poison;
 mod secrets;
 mod settings;
+mod tls;
 mod visible_truth;

@@ -43,33 +43,43 @@ impl Servers {
 
     /// A pair of one's own.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// A pair of one's own, with more options of `scripts/services start`.
+    pub fn start_with(options: &[&str]) -> Self {
         let number = COUNT.fetch_add(1, Relaxed);
         let dir = root().join(format!("target/test-servers/{}-{number}", std::process::id()));
         let undertaker = undertaker(&dir);
-        services(&["start", "--fast"], &dir);
-        let env = std::fs::read_to_string(dir.join("env")).expect("scripts/services writes DIR/env");
-        let value = |name: &str| {
-            let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            line.unwrap_or_else(|| panic!("{name} is missing in {}/env", dir.display())).to_owned()
-        };
+        services(&[&["start", "--fast"], options].concat(), &dir);
         Self {
-            database_url: value("DATABASE_URL"),
-            amqp_url: value("AMQP_URL"),
-            superuser_url: Some(value("PG_SUPERUSER_URL")),
+            database_url: value_in(&dir, "DATABASE_URL"),
+            amqp_url: value_in(&dir, "AMQP_URL"),
+            superuser_url: Some(value_in(&dir, "PG_SUPERUSER_URL")),
             dir: Some(dir),
             _undertaker: Some(undertaker),
         }
     }
 
-    /// `scripts/services COMMAND SERVER` on this pair: stop, start, kill, pause, resume.
-    pub async fn control(&self, command: &str, server: &str) {
+    /// A value in DIR/env.
+    pub fn value(&self, name: &str) -> String {
+        value_in(self.dir.as_deref().expect("only servers of one's own have a folder"), name)
+    }
+
+    /// `scripts/services ARGS` on these servers.
+    pub async fn services(&self, args: &[&str]) {
         let dir = self.dir.clone().expect("only servers of one's own may be controlled");
-        let args = match command {
-            "start" => vec![command.to_owned(), server.to_owned(), "--fast".to_owned()],
-            _ => vec![command.to_owned(), server.to_owned()],
-        };
+        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         let run = move || services(&args.iter().map(String::as_str).collect::<Vec<_>>(), &dir);
         tokio::task::spawn_blocking(run).await.expect("scripts/services");
+    }
+
+    /// `scripts/services COMMAND SERVER` on this pair: stop, start, kill, pause, resume.
+    pub async fn control(&self, command: &str, server: &str) {
+        match command {
+            "start" => self.services(&[command, server, "--fast"]).await,
+            _ => self.services(&[command, server]).await,
+        }
     }
 
     /// `rabbitmqctl ARGS` on this pair.
@@ -105,6 +115,12 @@ impl Drop for Servers {
 /// The repository.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn value_in(dir: &Path, name: &str) -> String {
+    let env = std::fs::read_to_string(dir.join("env")).expect("scripts/services writes DIR/env");
+    let value = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    value.unwrap_or_else(|| panic!("{name} is missing in {}/env", dir.display())).to_owned()
 }
 
 fn services(args: &[&str], dir: &Path) {
