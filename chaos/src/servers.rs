@@ -35,20 +35,26 @@ impl Servers {
 
     /// A pair of one's own in `dir`. `script` is the path of `scripts/services`.
     pub fn start(script: &Path, dir: &Path) -> Result<Self> {
+        Self::start_with(script, dir, &[])
+    }
+
+    /// The same, with more options of `scripts/services start`.
+    pub fn start_with(script: &Path, dir: &Path, options: &[&str]) -> Result<Self> {
         const STOP: &str = r#"[ ! -d "$2" ] || exec "$1" stop --wipe --dir "$2""#;
         let undertaker = Undertaker::new(STOP, &[script, dir])?;
-        run(script, dir, &["start", "--fast"])?;
-        let env = std::fs::read_to_string(dir.join("env")).context("scripts/services wrote no DIR/env")?;
-        let value = |name: &str| {
-            let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            line.map(str::to_owned).with_context(|| format!("{name} is missing in {}/env", dir.display()))
-        };
+        run(script, dir, &[&["start", "--fast"], options].concat())?;
         Ok(Self {
-            database_url: value("DATABASE_URL")?,
-            amqp_url: value("AMQP_URL")?,
-            superuser_url: Some(value("PG_SUPERUSER_URL")?),
+            database_url: value_in(dir, "DATABASE_URL")?,
+            amqp_url: value_in(dir, "AMQP_URL")?,
+            superuser_url: Some(value_in(dir, "PG_SUPERUSER_URL")?),
             own: Some(Own { script: script.to_owned(), dir: dir.to_owned(), _undertaker: undertaker }),
         })
+    }
+
+    /// A value of `DIR/env`, which grows with what is started.
+    pub fn value(&self, name: &str) -> Result<String> {
+        let own = self.own.as_ref().context("only servers of one's own have a folder")?;
+        value_in(&own.dir, name)
     }
 
     /// Started here, so they may be broken.
@@ -70,7 +76,8 @@ impl Servers {
         self.run(["ctl", "--"].iter().chain(args).map(|arg| (*arg).to_owned()).collect()).await
     }
 
-    async fn run(&self, args: Vec<String>) -> Result<String> {
+    /// `scripts/services ARGS` on these servers; what it prints.
+    pub async fn run(&self, args: Vec<String>) -> Result<String> {
         let Some(Own { script, dir, .. }) = &self.own else {
             bail!("only servers of one's own may be controlled")
         };
@@ -88,6 +95,12 @@ impl Drop for Servers {
             eprintln!("warning: {error:#}");
         }
     }
+}
+
+fn value_in(dir: &Path, name: &str) -> Result<String> {
+    let env = std::fs::read_to_string(dir.join("env")).context("scripts/services wrote no DIR/env")?;
+    let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    line.map(str::to_owned).with_context(|| format!("{name} is missing in {}/env", dir.display()))
 }
 
 /// `--dir` goes in front of `--`, behind which everything is for rabbitmqctl.

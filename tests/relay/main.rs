@@ -29,4 +29,5 @@ mod outages;
 mod poison;
 mod secrets;
 mod settings;
+mod tls;
 mod visible_truth;

@@ -34,10 +34,26 @@ impl Servers {
 
     /// A pair of one's own.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// A pair of one's own, with more options of `scripts/services start`.
+    pub fn start_with(options: &[&str]) -> Self {
         let number = COUNT.fetch_add(1, Relaxed);
         let dir = root().join(format!("target/test-servers/{}-{number}", std::process::id()));
-        let started = servers::Servers::start(&root().join("scripts/services"), &dir);
+        let started = servers::Servers::start_with(&root().join("scripts/services"), &dir, options);
         Self(started.unwrap_or_else(|error| panic!("{error:#}")))
+    }
+
+    /// A value in DIR/env.
+    pub fn value(&self, name: &str) -> String {
+        self.0.value(name).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// `scripts/services ARGS` on these servers.
+    pub async fn services(&self, args: &[&str]) {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        self.0.run(args).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     /// `scripts/services COMMAND SERVER` on this pair: stop, start, kill, pause, resume.

@@ -83,7 +83,11 @@ impl World {
 
     /// A world on servers of its own, for tests that break them.
     pub async fn alone() -> Self {
-        let servers = tokio::task::spawn_blocking(Servers::start).await.expect("servers");
+        Self::with(tokio::task::spawn_blocking(Servers::start).await.expect("servers")).await
+    }
+
+    /// A world on these servers, which are its own.
+    pub async fn with(servers: Servers) -> Self {
         Self::on(Holder::Own(Box::new(servers))).await
     }
 
