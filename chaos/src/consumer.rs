@@ -42,8 +42,7 @@ impl Consumer {
     pub async fn read(self, stop: CancellationToken) -> Result<()> {
         let (mut connection, mut seen) = (0, HashSet::new());
         while !stop.is_cancelled() {
-            connection += 1;
-            match self.session(connection, &mut seen, &stop).await {
+            match self.session(&mut connection, &mut seen, &stop).await {
                 Ok(()) | Err(Failure::Broker) => {}
                 Err(Failure::Ledger(error)) => return Err(error),
             }
@@ -54,7 +53,7 @@ impl Consumer {
 
     async fn session(
         &self,
-        number: u64,
+        number: &mut u64,
         seen: &mut HashSet<String>,
         stop: &CancellationToken,
     ) -> Result<(), Failure> {
@@ -69,6 +68,7 @@ impl Consumer {
             FieldTable::default(),
         );
         let mut deliveries = consuming.await?;
+        *number += 1;
         loop {
             while self.board.paused.load(Relaxed) && !stop.is_cancelled() {
                 sleep(LOOK).await;
@@ -83,7 +83,7 @@ impl Consumer {
             {
                 batch.push(next?);
             }
-            let lines: Vec<Delivered> = batch.iter().map(|delivery| self.line(number, delivery)).collect();
+            let lines: Vec<Delivered> = batch.iter().map(|delivery| self.line(*number, delivery)).collect();
             self.journal.append(&lines).await.map_err(Failure::Ledger)?;
             self.count(&lines, seen);
             if let Some(last) = batch.last() {

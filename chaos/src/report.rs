@@ -57,10 +57,11 @@ impl<'a> Report<'a> {
             let after = recovery
                 .recovered_after
                 .map_or_else(|| "     –".to_owned(), |ms| format!("{:6.1} s", seconds(ms)));
+            let note = if recovery.disturbed { ", another fault came first" } else { "" };
             let (began, lasted) = (seconds(recovery.began), seconds(recovery.lasted));
             let _ = writeln!(
                 text,
-                "{}  {:<22}{began:7.1} s{lasted:8.1} s        {after}",
+                "{}  {:<22}{began:7.1} s{lasted:8.1} s        {after}{note}",
                 span.id, recovery.fault
             );
         }

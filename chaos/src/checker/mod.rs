@@ -90,6 +90,8 @@ pub struct Recovery {
     pub lasted: u64,
     /// Milliseconds from its end; none: nothing was committed after it.
     pub recovered_after: Option<u64>,
+    /// Another fault was on before that.
+    pub disturbed: bool,
 }
 
 /// Counts of a whole run.

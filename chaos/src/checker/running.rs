@@ -1,7 +1,7 @@
 //! Invariants about the processes: I7, I8, I10, I11, I12, and the times to recover.
 
 use super::{Case, Recovery, Verdict};
-use crate::observations::{Sample, Says};
+use crate::observations::{Sample, Says, Span, Stop, TableRow};
 use crate::relays::GRACE_SLACK;
 
 /// No transaction of a relay is open longer.
@@ -20,10 +20,8 @@ impl Case<'_> {
         let exit = self.seen().exits.first().map(|exit| {
             format!("relay {} ended by itself with {:?} after {} ms", exit.replica, exit.code, exit.at)
         });
-        let slowest = self
-            .recoveries()
-            .into_iter()
-            .filter_map(|recovery| Some((recovery.recovered_after?, recovery.fault)));
+        let recoveries = self.recoveries().into_iter().filter(|recovery| !recovery.disturbed);
+        let slowest = recoveries.filter_map(|recovery| Some((recovery.recovered_after?, recovery.fault)));
         let slowest = slowest.max().map_or_else(
             || "no fault to recover from".to_owned(),
             |(ms, fault)| format!("slowest recovery {:.1} s after {fault}", seconds(ms)),
@@ -49,14 +47,19 @@ impl Case<'_> {
             .iter()
             .filter_map(|message| Some((message.at, self.rows.get(message.message_id.as_str())?.ended)))
             .collect();
-        let recovery = |fault: &crate::observations::Span| Recovery {
-            fault: fault.name.clone(),
-            began: fault.began,
-            lasted: fault.ended - fault.began,
-            recovered_after: arrivals
-                .iter()
-                .find(|(at, committed)| *at >= fault.ended && *committed >= fault.ended)
-                .map(|(at, _)| at - fault.ended),
+        let recovery = |fault: &Span| {
+            let arrived = arrivals.iter().find(|(at, committed)| *at.min(committed) >= fault.ended);
+            let until = arrived.map_or(u64::MAX, |(at, _)| *at);
+            let on = |other: &Span| {
+                other.began != fault.began && other.began <= until && other.ended > fault.ended
+            };
+            Recovery {
+                fault: fault.name.clone(),
+                began: fault.began,
+                lasted: fault.ended - fault.began,
+                recovered_after: arrived.map(|(at, _)| at - fault.ended),
+                disturbed: self.seen().faults.iter().any(on),
+            }
         };
         self.seen().faults.iter().map(recovery).collect()
     }
@@ -100,7 +103,7 @@ impl Case<'_> {
         let setting = &self.seen().setting;
         let most = |what: fn(&Sample) -> u64| samples.iter().map(what).max().unwrap_or(0);
         let excused = |at: u64| {
-            let disturbs = |fault: &&crate::observations::Span| {
+            let disturbs = |fault: &&Span| {
                 fault.database && fault.began <= at && at <= fault.ended + DATABASE_RECOVERS_MS
             };
             self.seen().faults.iter().any(|fault| disturbs(&fault))
@@ -131,7 +134,7 @@ impl Case<'_> {
         if self.seen().says.is_empty() {
             return Verdict::not_seen("I11", SAYS, "no replica was asked");
         }
-        let count = |wanted: fn(&crate::observations::TableRow) -> bool| {
+        let count = |wanted: fn(&TableRow) -> bool| {
             self.evidence.table.iter().filter(|row| wanted(row)).count() as u64
         };
         let (pending, dead) = (count(|row| !row.delivered && !row.dead), count(|row| row.dead));
@@ -151,9 +154,8 @@ impl Case<'_> {
         }
         let limit = self.seen().setting.grace_ms + u64::try_from(GRACE_SLACK.as_millis()).unwrap_or(0);
         // Confirmed rows that cannot be written while the database is away: documented as exit code 1.
-        let excused = |stop: &crate::observations::Stop| stop.disturbed && stop.code == Some(1);
-        let bad =
-            |stop: &&crate::observations::Stop| (stop.code != Some(0) && !excused(stop)) || stop.took > limit;
+        let excused = |stop: &Stop| stop.disturbed && stop.code == Some(1);
+        let bad = |stop: &&Stop| (stop.code != Some(0) && !excused(stop)) || stop.took > limit;
         let first = stops.iter().find(bad).map(|stop| {
             let code = stop.code.map_or_else(|| "by a signal".to_owned(), |code| format!("with {code}"));
             format!("relay {} ended {code} {} ms after SIGTERM", stop.replica, stop.took)

@@ -148,6 +148,18 @@ fn an_honest_run_holds() {
 }
 
 #[test]
+fn a_recovery_that_another_fault_delayed_is_said_to_be_so() {
+    // Row 3 arrives 880 ms after the first fault.
+    let after = |began, ended| {
+        let evidence = with(|evidence| evidence.seen.faults.push(Span { began, ended, ..span("next", 0) }));
+        judge(&evidence).recoveries[0].disturbed
+    };
+    assert!(after(400, 900));
+    assert!(!after(1_100, 1_200), "it came later");
+    assert!(!after(60, 140), "it was over before");
+}
+
+#[test]
 fn l0_a_commit_that_the_database_lost_or_that_no_ledger_knows() {
     assert!(broken(&with(|evidence| assert!(evidence.witness.remove("m1")))).contains(&"L0"));
     assert!(broken(&with(|evidence| assert!(evidence.witness.insert("m6".to_owned())))).contains(&"L0"));
