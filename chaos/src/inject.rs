@@ -262,14 +262,16 @@ impl Injector {
         self.between(event, hits, take, || self.ctl(&["set_permissions", RELAY, ".*", ".*", ".*"])).await
     }
 
+    /// The limit is raised again, not removed: RabbitMQ before 4.0 never tells publishers of a quorum queue that a
+    /// limit is gone, and goes on refusing on their channels (rabbitmq-server issue 12206).
     async fn fill_the_queue(&self, event: &Event) -> Result<u64> {
         let queue = format!("^{}$", self.world.name);
-        let queue = queue.as_str();
-        let full = r#"{"max-length": 20, "overflow": "reject-publish"}"#;
+        let [full, roomy] = [20, 100_000_000]
+            .map(|length| format!(r#"{{"max-length": {length}, "overflow": "reject-publish"}}"#));
+        let policy = |limit| ["set_policy", "chaos-full", &queue, limit, "--apply-to", "queues"];
+        let (full, roomy) = (policy(&full), policy(&roomy));
         self.board.paused.store(true, Relaxed);
-        let policy = ["set_policy", "chaos-full", queue, full, "--apply-to", "queues"];
-        let done =
-            self.between(event, 0, || self.ctl(&policy), || self.ctl(&["clear_policy", "chaos-full"])).await;
+        let done = self.between(event, 0, || self.ctl(&full), || self.ctl(&roomy)).await;
         self.board.paused.store(false, Relaxed);
         done
     }

@@ -240,9 +240,10 @@ impl<'a> Run<'a> {
         let table = self.table().await?;
         let pending = table.iter().filter(|row| !row.delivered && !row.dead).count() as u64;
         let dead = table.iter().filter(|row| row.dead).count() as u64;
-        let says = sampler::ask(&self.fleet, pending, dead).await;
+        let (says, last_look) = sampler::ask(&self.world, &self.fleet, self.clock, pending, dead).await;
         look.cancel();
-        let samples = sampler.await?;
+        let mut samples = sampler.await?;
+        samples.push(last_look);
         self.tell("calm: stopping the replicas");
         self.fleet.look_after()?;
         self.fleet.thin_out(0, false).await?;

@@ -34,7 +34,8 @@ pub async fn look(
     }
 }
 
-async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
+/// One look.
+pub async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
     let at_rest = fleet.at_rest();
     let mut sample = Sample { at: clock.ms(), replicas: at_rest.len() as u64, ..Sample::default() };
     for (_, _, pid) in &at_rest {
@@ -80,8 +81,8 @@ async fn sessions(world: &World) -> Option<(u64, u64)> {
     Some((number(0)?, number(1)?))
 }
 
-/// Asks all replicas until they say what the table says, or for a while.
-pub async fn ask(fleet: &Fleet, pending: u64, dead: u64) -> Vec<Says> {
+/// Asks all replicas until they say what the table says and own all shards together, or for a while.
+pub async fn ask(world: &World, fleet: &Fleet, clock: Clock, pending: u64, dead: u64) -> (Vec<Says>, Sample) {
     let begun = Instant::now();
     loop {
         let mut all = Vec::new();
@@ -94,8 +95,9 @@ pub async fn ask(fleet: &Fleet, pending: u64, dead: u64) -> Vec<Says> {
             let truth = [Some(pending), Some(dead), Some(0)];
             says.status == "ok" && health == truth && metrics == truth
         };
-        if all.iter().all(agrees) || begun.elapsed() > AGREE_LIMIT {
-            return all;
+        let look = sample(world, fleet, clock).await;
+        if (all.iter().all(agrees) && look.owned == look.shards) || begun.elapsed() > AGREE_LIMIT {
+            return (all, look);
         }
         sleep(EVERY / 2).await;
     }
