@@ -21,6 +21,8 @@ create table if not exists {outbox:_replica} (
     shards integer not null,
     -- It reaches the broker; if not, others take its shards.
     ready boolean not null,
+    -- Who came first has the larger part, so that a newcomer moves as few shards as possible.
+    joined_at timestamptz not null default clock_timestamp(),
     expires_at timestamptz not null
 )
 with (fillfactor = 25, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500);

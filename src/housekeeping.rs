@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 /// How often rows are counted while counting is quick.
 const CENSUS_INTERVAL: Duration = Duration::from_secs(1);
 /// A statement that took long is followed by this many times its duration of rest: 5 % of one connection.
-const CENSUS_REST: u32 = 20;
+const CENSUS_REST: f64 = 20.0;
+/// Longest such rest, so that a server that was frozen while it counted is not left out of sight for long.
+const CENSUS_REST_MAX: Duration = Duration::from_secs(30);
 /// Rows a bite of retention looks at.
 const BITE_ROWS: usize = 1000;
 /// Bites without an expired row that end a pass: rows that were delivered late lie among older ones.
@@ -36,14 +38,15 @@ pub async fn census<S: Store>(
     let count = async {
         let mut delays = Delays::default();
         loop {
-            let started = Instant::now();
             let rest = match pulse.beat_during(store.census()).await {
                 Ok(census) => {
                     delays = Delays::default();
                     board.database_up(DatabaseUser::Housekeeping);
                     show(&census, &metrics);
                     board.set_census(census);
-                    CENSUS_INTERVAL.max(started.elapsed() * CENSUS_REST)
+                    // By the server's own measure: a link that stood still costs it nothing.
+                    let rest = Duration::from_secs_f64(census.took_seconds.max(0.0) * CENSUS_REST);
+                    rest.clamp(CENSUS_INTERVAL, CENSUS_REST_MAX)
                 }
                 Err(error) => {
                     board.database_down(DatabaseUser::Housekeeping, &error);

@@ -130,19 +130,19 @@ impl<S: LeaseTable> Keeper<S> {
         self.board.database_up(DatabaseUser::Leases);
         let held = standing.leases.len() as u32;
         let to_take = standing.free > 0 && held < standing.quota;
-        if !standing.member || to_take || held > standing.quota {
+        let to_give = held > self.part(&standing);
+        if !standing.member || to_take || to_give {
             return self.renew().await;
         }
         Ok(())
     }
 
     async fn renew(&mut self) -> Result<(), StoreError> {
-        let ready = self.away_since.is_none_or(|since| since.elapsed() < self.terms.lease_time);
-        if !ready || mutant!("give-back-undrained") {
-            // Nothing of ours will be confirmed; whoever reaches the broker may go on, if there is anybody.
+        if self.away_for() >= self.terms.give_way_after || mutant!("give-back-undrained") {
+            // Nothing of ours will be confirmed; whoever reaches the broker may go on.
             self.empty.extend(self.holdings.borrow().leaving());
         }
-        self.member.ready = ready;
+        self.member.ready = self.away_for() < self.terms.tell_after;
         let drained: Vec<u32> = self.empty.iter().map(|lease| lease.shard).collect();
         if !drained.is_empty() {
             // Nothing may be sent any more when the table learns of it.
@@ -166,7 +166,7 @@ impl<S: LeaseTable> Keeper<S> {
         let before = self.holdings.borrow().clone();
         let mut now = before.clone();
         now.refused = None;
-        now.update(standing, trusted_until);
+        now.update(standing, self.part(standing), trusted_until);
         let epochs = |leases: &[Lease]| leases.iter().copied().collect::<HashSet<_>>();
         let (had, has) = (epochs(&before.leases()), epochs(&now.leases()));
         let (gained, lost) = (has.difference(&had).count(), had.difference(&has).count());
@@ -200,6 +200,17 @@ impl<S: LeaseTable> Keeper<S> {
         holdings.refused = Some(sentence);
         self.metrics.owned_shards.set(0);
         self.holdings.send_replace(holdings);
+    }
+
+    /// What this replica should own. One that does not reach the broker waits a little before it gives way.
+    fn part(&self, standing: &Standing) -> u32 {
+        let told_only = !self.member.ready && self.away_for() < self.terms.give_way_after;
+        if told_only { self.member.shards } else { standing.quota }
+    }
+
+    /// How long the broker has been out of reach.
+    fn away_for(&self) -> Duration {
+        self.away_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     fn note_broker(&mut self) {

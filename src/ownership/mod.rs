@@ -44,6 +44,11 @@ pub struct Terms {
     pub renew_every: Duration,
     /// Time between looks for free shards and new replicas.
     pub look_every: Duration,
+    /// The broker has been away for so long: the table is told, so that those who reach it have larger parts.
+    pub tell_after: Duration,
+    /// Away for so long: give way to those who reach it. Later than `tell_after` by more than a renewal, so that
+    /// in an outage for all everybody has been told of by then, and nobody gives way to nobody.
+    pub give_way_after: Duration,
 }
 
 impl Terms {
@@ -54,6 +59,8 @@ impl Terms {
             trust: ttl * 17 / 20,
             renew_every: ttl / 3,
             look_every: (ttl / 20).clamp(Duration::from_millis(50), Duration::from_millis(500)),
+            tell_after: ttl / 2,
+            give_way_after: ttl,
         }
     }
 }
@@ -101,7 +108,8 @@ impl Holdings {
     }
 
     /// The table's answer is the truth; it is trusted until the given moment. Shards that leave go on leaving.
-    pub fn update(&mut self, standing: &Standing, trusted_until: Instant) {
+    /// What is more than `part` leaves.
+    pub fn update(&mut self, standing: &Standing, part: u32, trusted_until: Instant) {
         let mut held = vec![None; self.held.len()];
         for lease in &standing.leases {
             let Some(place) = held.get_mut(lease.shard as usize) else { continue };
@@ -113,7 +121,7 @@ impl Holdings {
         self.known = true;
         self.replicas = standing.replicas;
         self.trusted_until = Some(trusted_until);
-        self.let_go(standing.quota);
+        self.let_go(part);
     }
 
     /// Lets go of these before the table is told.
@@ -125,10 +133,10 @@ impl Holdings {
         }
     }
 
-    /// Marks what is above the quota as leaving, from the highest shard down.
-    fn let_go(&mut self, quota: u32) {
+    /// Marks what is above the part as leaving, from the highest shard down.
+    fn let_go(&mut self, part: u32) {
         let keep = self.held.iter_mut().flatten().filter(|held| !held.leaving);
-        keep.skip(quota as usize).for_each(|held| held.leaving = true);
+        keep.skip(part as usize).for_each(|held| held.leaving = true);
     }
 
     /// Shards in all.
@@ -206,9 +214,9 @@ impl Permit {
 mod tests {
     use super::*;
 
-    fn standing(quota: u32, leases: &[(u32, i64)]) -> Standing {
+    fn standing(leases: &[(u32, i64)]) -> Standing {
         let leases = leases.iter().map(|(shard, epoch)| Lease { shard: *shard, epoch: *epoch }).collect();
-        Standing { member: true, replicas: 2, quota, leases, ..Standing::default() }
+        Standing { member: true, replicas: 2, leases, ..Standing::default() }
     }
 
     fn shards(leases: &[Lease]) -> Vec<u32> {
@@ -226,7 +234,7 @@ mod tests {
     fn trust_ends_at_its_moment() {
         let (mut holdings, now) = (Holdings::none(Uuid::nil(), 4), Instant::now());
         let until = now + Duration::from_secs(1);
-        holdings.update(&standing(4, &[(1, 7)]), until);
+        holdings.update(&standing(&[(1, 7)]), 4, until);
         let lease = Lease { shard: 1, epoch: 7 };
         assert!(holdings.allows(lease, now));
         assert!(!holdings.allows(lease, until), "the moment itself is too late");
@@ -244,14 +252,14 @@ mod tests {
         let (mut holdings, now) = (Holdings::none(Uuid::nil(), 4), Instant::now());
         let until = now + Duration::from_secs(1);
         let all = [(0, 1), (1, 1), (2, 1), (3, 1)];
-        holdings.update(&standing(4, &all), until);
+        holdings.update(&standing(&all), 4, until);
         assert!(holdings.leaving().is_empty());
-        holdings.update(&standing(2, &all), until);
+        holdings.update(&standing(&all), 2, until);
         assert_eq!((shards(&holdings.readable(now)), shards(&holdings.leaving())), (vec![0, 1], vec![2, 3]));
         assert!(holdings.allows(Lease { shard: 3, epoch: 1 }, now), "what is in flight may be finished");
-        holdings.update(&standing(4, &all), until);
+        holdings.update(&standing(&all), 4, until);
         assert_eq!(shards(&holdings.leaving()), [2, 3]);
-        holdings.update(&standing(4, &[(0, 1), (1, 1), (2, 1), (3, 2)]), until);
+        holdings.update(&standing(&[(0, 1), (1, 1), (2, 1), (3, 2)]), 4, until);
         assert_eq!(shards(&holdings.leaving()), [2], "taken anew, it is a new lease");
         assert_eq!(shards(&holdings.readable(now)), [0, 1, 3]);
     }
@@ -261,6 +269,7 @@ mod tests {
         for seconds in [1, 2, 10, 600] {
             let terms = Terms::new(Duration::from_secs(seconds));
             assert!(terms.trust < terms.lease_time && terms.lease_time < Duration::from_secs(seconds));
+            assert!(terms.tell_after + terms.renew_every + terms.look_every < terms.give_way_after);
             assert!(terms.renew_every * 2 + terms.look_every < terms.trust, "one renewal may fail");
             assert!(
                 terms.lease_time + terms.look_every < Duration::from_secs(seconds) + Duration::from_millis(1)

@@ -34,6 +34,8 @@ const FIRST_ROW_BYTES: usize = 256 * 1024;
 /// A read that finds little may take long, when many rows wait behind a refused one. It is followed by this
 /// many times its duration of rest.
 const SHORT_READ_REST: u32 = 2;
+/// Longest such rest: a link that stood still, or a process that was frozen, is part of what a read took.
+const SHORT_READ_REST_MAX: Duration = Duration::from_secs(10);
 /// How often gaps between ids are looked at.
 const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an id must have been passed over, besides the end of every transaction that ran then. Covers the
@@ -218,7 +220,7 @@ impl<S: Store> Poll<S> {
                 Found::Nothing => pause *= 2,
             }
             pause = pause.min(self.limits.poll_interval);
-            self.rest(pause.max(begun.elapsed() * SHORT_READ_REST)).await;
+            self.rest(pause.max((begun.elapsed() * SHORT_READ_REST).min(SHORT_READ_REST_MAX))).await;
         }
     }
 
@@ -300,7 +302,12 @@ impl<S: Store> Poll<S> {
                     self.follow_ownership().await;
                 }
                 // 2. Shards have come or are to go.
-                Ok(()) = self.holdings.changed() => return,
+                Ok(()) = self.holdings.changed() => {
+                    self.follow_ownership().await;
+                    if self.shards.is_news(&self.leases()) {
+                        return;
+                    }
+                }
                 // 3. Time is up.
                 () = self.pulse.beat_during(tokio::time::sleep_until(until)) => return,
             }

@@ -65,13 +65,18 @@ impl Shards {
         leases
     }
 
+    /// Some of it was not read the last time.
+    pub fn is_news(&self, leases: &[Lease]) -> bool {
+        leases.iter().any(|lease| !self.read.contains(lease))
+    }
+
     /// Notes what is read now. True if some of it was read by others in between, or never by us: what we know of its
     /// rows may be out of date.
     pub fn note_read(&mut self, leases: &[Lease]) -> bool {
         if self.read == leases {
             return false;
         }
-        let gained = leases.iter().any(|lease| !self.read.contains(lease));
+        let gained = self.is_news(leases);
         // What is merely not read for a moment has not been read by others.
         self.read.retain(|was| leases.iter().all(|lease| lease.shard != was.shard));
         self.read.extend(leases);
@@ -108,8 +113,8 @@ mod tests {
 
     fn holdings(quota: u32, leases: &[Lease]) -> Holdings {
         let mut holdings = Holdings::none(Uuid::nil(), 4);
-        let standing = Standing { member: true, quota, leases: leases.to_vec(), ..Standing::default() };
-        holdings.update(&standing, Instant::now() + Duration::from_secs(60));
+        let standing = Standing { member: true, leases: leases.to_vec(), ..Standing::default() };
+        holdings.update(&standing, quota, Instant::now() + Duration::from_secs(60));
         holdings
     }
 

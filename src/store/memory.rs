@@ -37,6 +37,7 @@ struct Owned {
 struct Replica {
     shards: u32,
     ready: bool,
+    joined_at: Instant,
     expires_at: Instant,
 }
 
@@ -145,9 +146,10 @@ impl Table {
     fn standing(&self, me: Member, now: Instant) -> Standing {
         let live: Vec<_> = self.replicas.iter().filter(|(_, replica)| replica.expires_at > now).collect();
         let any_ready = live.iter().any(|(_, replica)| replica.ready);
-        let counted: Vec<Uuid> =
-            live.iter().filter(|(_, r)| r.ready || !any_ready).map(|(id, _)| **id).collect();
-        let quota = counted.iter().position(|id| *id == me.replica).map_or(0, |rank| {
+        let mut counted: Vec<_> =
+            live.iter().filter(|(_, r)| r.ready || !any_ready).map(|(id, r)| (r.joined_at, **id)).collect();
+        counted.sort_unstable();
+        let quota = counted.iter().position(|(_, id)| *id == me.replica).map_or(0, |rank| {
             let (count, rank) = (counted.len() as u32, rank as u32);
             me.shards / count + u32::from(rank < me.shards % count)
         });
@@ -311,6 +313,7 @@ impl Store for MemoryStore {
             .filter_map(|stored| stored.row.ordering_key.clone())
             .collect();
         Ok(Census {
+            took_seconds: 0.0,
             pending: pending().count() as u64,
             oldest_seconds: pending()
                 .map(|stored| stored.available_at.elapsed().as_secs_f64())
@@ -335,7 +338,8 @@ impl LeaseTable for MemoryStore {
         if table.replicas.values().any(|replica| replica.shards != member.shards) {
             return Ok(table.standing(member, now));
         }
-        let replica = Replica { shards: member.shards, ready: member.ready, expires_at };
+        let joined_at = table.replicas.get(&member.replica).map_or(now, |replica| replica.joined_at);
+        let replica = Replica { shards: member.shards, ready: member.ready, joined_at, expires_at };
         table.replicas.insert(member.replica, replica);
         for shard in 0..member.shards {
             let unowned = || Owned { owner: None, epoch: 0, expires_at: now };

@@ -221,6 +221,8 @@ pub struct Census {
     pub waiting: u64,
     /// Keys that a waiting row holds back.
     pub blocked_keys: u64,
+    /// How long the store took to count, in seconds, without the way there and back.
+    pub took_seconds: f64,
 }
 
 /// What a failed call to the store means for its caller.

@@ -1,7 +1,9 @@
 //! Promise 12: metrics and health agree with the table.
 
+use crate::support::proxy::{Link, Proxy};
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_metrics_agree_with_the_table() {
@@ -190,6 +192,31 @@ async fn check_finds_missing_grants() {
     world.grant(&role).await;
     world.write(100, 5).await;
     let relay = world.relay(&[("DATABASE_URL", url.as_str())]).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// A link that stood still for some seconds is no reason to count seldom.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counts_are_fresh_again_soon_after_a_link_stood_still() {
+    let world = World::new().await;
+    let proxy = Proxy::to(&world.database_url).await;
+    let relay = world.relay(&[("DATABASE_URL", &proxy.url(&world.database_url))]).await;
+    relay.ready().await;
+    for _ in 0..2 {
+        proxy.set(Link::DeadDown);
+        // Long enough for a count to be asked for, and for its answer to be late by seconds.
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        proxy.set(Link::Pass);
+    }
+    world.write(100, 5).await;
+    world.drained().await;
+    world
+        .sql("insert into outbox (routing_key, payload, available_at) values ('ok.1', '1', now() + '1 hour')")
+        .await;
+    eventually("health counts the row", async || relay.health().await.pending == Some(1)).await;
+    world.sql("update outbox set available_at = now()").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;

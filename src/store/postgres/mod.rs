@@ -211,6 +211,7 @@ impl PostgresStore {
             dead: count("dead")?,
             waiting: count("waiting")?,
             blocked_keys: count("blocked_keys")?,
+            took_seconds: row.try_get("took_seconds")?,
         })
     }
 }

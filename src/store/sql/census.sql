@@ -12,4 +12,6 @@ select
     (select count(*) from {outbox}
       where delivered_at is null and dead_at is null and attempts > 0) as waiting,
     (select count(distinct ordering_key) from {outbox}
-      where delivered_at is null and dead_at is null and attempts > 0) as blocked_keys
+      where delivered_at is null and dead_at is null and attempts > 0) as blocked_keys,
+    -- Last, so that all the counting is over.
+    extract(epoch from clock_timestamp() - statement_timestamp())::float8 as took_seconds
