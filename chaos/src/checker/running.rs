@@ -123,9 +123,13 @@ impl Case<'_> {
         ];
         let beyond = bounds.iter().find(|(_, found, bound)| found > bound);
         let beyond = beyond.map(|(what, found, bound)| format!("{found} {what}, more than {bound}"));
-        let figures = format!(
-            "at most {rss} MiB, {descriptors} descriptors, {connections} connections of a replica, transactions {slow} ms"
-        );
+        let asked = samples.iter().any(|sample| sample.connections.is_some());
+        let database = if asked {
+            format!("{connections} connections of a replica, transactions {slow} ms")
+        } else {
+            "database not asked, since it is not ours".to_owned()
+        };
+        let figures = format!("at most {rss} MiB, {descriptors} descriptors, {database}");
         Verdict::of("I10", SAYS, figures, beyond)
     }
 
