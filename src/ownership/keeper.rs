@@ -143,7 +143,7 @@ impl<S: LeaseTable> Keeper<S> {
             self.empty.extend(self.holdings.borrow().leaving());
         }
         self.member.ready = self.away_for() < self.terms.tell_after;
-        let drained: Vec<u32> = self.empty.iter().map(|lease| lease.shard).collect();
+        let drained: Vec<Lease> = self.empty.iter().copied().collect();
         if !drained.is_empty() {
             // Nothing may be sent any more when the table learns of it.
             self.holdings.send_modify(|holdings| holdings.close(&self.empty));

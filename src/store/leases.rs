@@ -57,12 +57,13 @@ pub trait LeaseTable: Send + Sync + 'static {
     /// Looks, and writes nothing.
     fn look(&self, member: Member) -> impl Future<Output = Result<Standing, StoreError>> + Send;
 
-    /// Says that the replica lives, gives back the shards in `drained`, prolongs what it owns, and takes what is
+    /// Says that the replica lives, gives back what is in `drained` if it is still held under that
+    /// epoch, prolongs what it owns, and takes what is
     /// free up to its fair part.
     fn renew(
         &self,
         member: Member,
-        drained: &[u32],
+        drained: &[Lease],
     ) -> impl Future<Output = Result<Standing, StoreError>> + Send;
 
     /// Gives everything back.

@@ -330,7 +330,7 @@ impl LeaseTable for MemoryStore {
         Ok(self.lease_table()?.standing(member, Instant::now()))
     }
 
-    async fn renew(&self, member: Member, drained: &[u32]) -> Result<Standing, StoreError> {
+    async fn renew(&self, member: Member, drained: &[Lease]) -> Result<Standing, StoreError> {
         let mut table = self.lease_table()?;
         let now = Instant::now();
         let expires_at = now + member.lease_time;
@@ -345,7 +345,7 @@ impl LeaseTable for MemoryStore {
             let unowned = || Owned { owner: None, epoch: 0, expires_at: now };
             let owned = table.leases.entry(shard).or_insert_with(unowned);
             if owned.owner == Some(member.replica) {
-                match drained.contains(&shard) {
+                match drained.contains(&Lease { shard, epoch: owned.epoch }) {
                     true => owned.owner = None,
                     false => owned.expires_at = expires_at,
                 }

@@ -124,3 +124,27 @@ async fn poison_on_a_parked_route_does_not_keep_it_parked() {
         .finish_with(received, Allowed { dead: true, refusals: true, duplicates: 500, ..Allowed::default() })
         .await;
 }
+
+/// A full quorum queue whose limit is taken away: RabbitMQ does not tell the channels that were refused, so that they
+/// would be refused for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limit_that_is_taken_away_is_noticed() {
+    let world = World::alone().await;
+    let full = format!("{}_full", world.name);
+    world.declare_quorum_queue(&full).await;
+    let limit = r#"{"max-length": 5, "overflow": "reject-publish"}"#;
+    world.servers().rabbitmqctl(&["set_policy", "limit", &full, limit, "--apply-to", "queues"]).await;
+    world
+        .sql(&format!(
+            "insert into outbox (exchange, routing_key, ordering_key, payload)
+             select '', '{full}', 'k' || i, '1' from generate_series(1, 2000) i"
+        ))
+        .await;
+    let relay = world.process(&[]).await;
+    world.until_at_least("select count(*) from outbox where last_error like '%nack%'", 10).await;
+    world.servers().rabbitmqctl(&["clear_policy", "limit"]).await;
+    world.drained().await;
+    assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
+    assert!(relay.terminate().await.success());
+    world.abandon();
+}

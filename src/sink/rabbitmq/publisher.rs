@@ -21,7 +21,7 @@ use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation, Connection};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +32,9 @@ const OPEN_LIMIT: Duration = Duration::from_secs(5);
 const FRAME_MAX_BYTES: usize = 131_072;
 /// How often a waiting batch looks at the state of the connection.
 const LOOK: Duration = Duration::from_millis(100);
+/// A channel that is nacked is made anew when it is older than this. A quorum queue that was full and whose limit was
+/// taken away goes on refusing the channels it has told to stop (rabbitmq-server issue 12206).
+const NACKED_CHANNEL_AGE: Duration = Duration::from_secs(2);
 /// How long a batch waits for its confirms to fail by themselves after the channel was lost.
 const LOST_LIMIT: Duration = Duration::from_secs(2);
 
@@ -54,6 +57,7 @@ pub struct RabbitPublisher {
 struct Open {
     channel: Channel,
     connection: Arc<Connection>,
+    opened_at: Instant,
 }
 
 /// What came back for one message.
@@ -169,7 +173,9 @@ impl RabbitPublisher {
             Ok::<_, lapin::Error>(channel)
         };
         match tokio::time::timeout(OPEN_LIMIT, opening).await {
-            Ok(Ok(channel)) => Ok(self.channel.insert(Open { channel, connection }).clone()),
+            Ok(Ok(channel)) => {
+                Ok(self.channel.insert(Open { channel, connection, opened_at: Instant::now() }).clone())
+            }
             Ok(Err(error)) => Err(sentence(&error)),
             Err(_) => Err("the broker opens no channel".to_owned()),
         }
@@ -249,6 +255,10 @@ impl RabbitPublisher {
             self.abandon_channel();
         }
         let Answers { by_slot, returned } = answers;
+        let nacked = by_slot.iter().any(|answer| matches!(answer, Some(Answer::Nack)));
+        if nacked && open.opened_at.elapsed() >= NACKED_CHANNEL_AGE {
+            self.abandon_channel();
+        }
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Answer::Error(_)) | None);
         let broken = ended != Ended::Complete || by_slot.iter().any(failed);
         for ((index, row, message), answer) in round.items().zip(by_slot) {

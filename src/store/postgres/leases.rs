@@ -23,7 +23,7 @@ impl LeaseTable for PostgresStore {
         self.leasing.call_within(limit(member), Unit::Statement, look).await
     }
 
-    async fn renew(&self, member: Member, drained: &[u32]) -> Result<Standing, StoreError> {
+    async fn renew(&self, member: Member, drained: &[Lease]) -> Result<Standing, StoreError> {
         let script = self.statements.renew_leases(member, drained, limit(member));
         let renew = async |session: &mut Session| {
             let rows = sqlx::raw_sql(script).fetch_all(session.connection()).await?;

@@ -5,7 +5,7 @@
 
 use super::schema::{LEASE, REPLICA};
 use crate::config::TableName;
-use crate::store::leases::Member;
+use crate::store::leases::{Lease, Member};
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 use std::time::Duration;
 
@@ -54,15 +54,18 @@ impl Statements {
     }
 
     /// The whole renewal as one text: a text of several statements takes no parameters.
-    pub(super) fn renew_leases(&self, member: Member, drained: &[u32], limit: Duration) -> SqlStr {
+    pub(super) fn renew_leases(&self, member: Member, drained: &[Lease], limit: Duration) -> SqlStr {
         let Member { replica, shards, ready, lease_time } = member;
-        let drained: Vec<String> = drained.iter().map(u32::to_string).collect();
+        let list = |number: fn(&Lease) -> i64| {
+            drained.iter().map(|lease| number(lease).to_string()).collect::<Vec<_>>().join(",")
+        };
         let values = [
             ("{me}", format!("'{replica}'::uuid")),
             ("{shards}", shards.to_string()),
             ("{ready}", ready.to_string()),
             ("{lease_ms}", lease_time.as_millis().to_string()),
-            ("{drained}", format!("'{{{}}}'::int[]", drained.join(","))),
+            ("{drained_shards}", format!("'{{{}}}'::int[]", list(|lease| i64::from(lease.shard)))),
+            ("{drained_epochs}", format!("'{{{}}}'::bigint[]", list(|lease| lease.epoch))),
             ("{limit_ms}", limit.as_millis().to_string()),
         ];
         let fill = |text: String, (name, value): (&str, String)| text.replace(name, &value);

@@ -4,6 +4,8 @@
 begin read write;
 set local statement_timeout = {limit_ms};
 set local lock_timeout = {limit_ms};
+-- A lease that a crash of the server undid would be trusted by its owner and free for others.
+set local synchronous_commit = on;
 
 -- Renewals come one after the other. Each statement below then sees all that the ones before have done.
 select pg_advisory_xact_lock(hashtextextended('outbox-relay leases', {lease_name}::regclass::oid::bigint));
@@ -22,8 +24,10 @@ where exists (select from {replica} where replica = {me})
   and not exists (select from {lease} as lease where lease.shard = shard.shard)
 on conflict do nothing;
 
-update {lease} set owner = null, expires_at = clock_timestamp()
-where owner = {me} and shard = any ({drained});
+-- Under the very epoch that was drained: a renewal that comes late must not free what was taken anew since.
+update {lease} as lease set owner = null, expires_at = clock_timestamp()
+from unnest({drained_shards}, {drained_epochs}) as drained (shard, epoch)
+where lease.owner = {me} and lease.shard = drained.shard and lease.epoch = drained.epoch;
 
 -- Also one that had expired and that nobody took: its epoch is the same, so nobody had it meanwhile.
 update {lease} set expires_at = clock_timestamp() + {lease_ms} * interval '1 millisecond'

@@ -291,6 +291,16 @@ impl World {
         channel.queue_declare(queue.into(), durable, arguments).await.expect("queue");
     }
 
+    /// Declares a quorum queue.
+    pub async fn declare_quorum_queue(&self, queue: &str) {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(queue.into(), durable, arguments).await.expect("queue");
+    }
+
     /// Empties a queue.
     pub async fn purge_queue(&self, queue: &str) {
         let connection = self.amqp().await;
