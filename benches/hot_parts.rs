@@ -15,7 +15,7 @@ use outbox_relay::relay::Relay;
 use outbox_relay::sink::null::NullSink;
 use outbox_relay::sink::rabbitmq::message::compose;
 use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Route, Row};
+use outbox_relay::store::{Lease, Route, Row};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +35,7 @@ fn row(id: i64) -> Row {
         headers: r#"{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#.to_owned(),
         created_at_micros: 1_700_000_000_000_000,
         attempts: 0,
+        lease: Lease { shard: 0, epoch: 0 },
         defect: None,
     }
 }

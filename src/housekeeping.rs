@@ -2,11 +2,13 @@
 //! enough. Both are gentle: a connection each, short statements, and rest in proportion to what the last
 //! statement took.
 
+use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::store::{Bite, Census, Store};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// How often rows are counted while counting is quick.
@@ -66,6 +68,7 @@ fn show(census: &Census, metrics: &Metrics) {
 /// wrong with the database itself is told by the census.
 pub async fn purge<S: Store>(
     store: Arc<S>,
+    holdings: watch::Receiver<Holdings>,
     retention: Duration,
     metrics: Arc<Metrics>,
     pulse: Pulse,
@@ -75,7 +78,11 @@ pub async fn purge<S: Store>(
     let passes = async {
         loop {
             pulse.beat_during(tokio::time::sleep(interval)).await;
-            pulse.beat_during(pass(&*store, retention, &metrics)).await;
+            // One replica is enough: the owner of the first shard.
+            let mine = holdings.borrow().leases().first().is_some_and(|lease| lease.shard == 0);
+            if mine {
+                pulse.beat_during(pass(&*store, retention, &metrics)).await;
+            }
         }
     };
     let _ = stop.run_until_cancelled(passes).await;

@@ -8,6 +8,7 @@
 //! - [`config`]: settings from flags, environment and file.
 //! - [`store`]: where rows are read from and their ends written to; Postgres, and a twin in memory.
 //! - [`pipeline`]: poll, publish, settle, and the channels between them.
+//! - [`ownership`]: which replica publishes which keys.
 //! - [`sink`]: where messages go and what an answer means; RabbitMQ, and a null sink for benches.
 //! - [`retry`]: what follows from each failure, in one `match`.
 //! - [`housekeeping`]: counting and retention, beside the flow.
@@ -21,6 +22,8 @@ pub mod cli;
 pub mod config;
 pub mod housekeeping;
 pub mod http;
+mod mutants;
+pub mod ownership;
 pub mod pipeline;
 pub mod preflight;
 pub mod relay;

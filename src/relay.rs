@@ -7,15 +7,17 @@
 use crate::config::Settings;
 use crate::housekeeping;
 use crate::http;
+use crate::ownership::{self, Holdings, Keeper, Permit};
 use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle::Unwritten};
 use crate::sink::Sink;
-use crate::store::Store;
+use crate::store::{Lease, LeaseTable, Store};
 use crate::telemetry::{Board, Metrics, Pulses};
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 /// Why a relay ended other than by a clean stop.
 #[derive(Debug, thiserror::Error)]
@@ -37,16 +39,17 @@ pub struct Relay<S, K> {
     metrics: Arc<Metrics>,
     board: Arc<Board>,
     pulses: Pulses,
+    holdings: Arc<watch::Sender<Holdings>>,
 }
 
 /// What a stage task answers with.
 type Ended = (&'static str, Result<(), Unwritten>);
 
-impl<S: Store, K: Sink> Relay<S, K> {
+impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
     /// Puts a relay together; nothing runs yet.
     pub fn new(settings: Settings, store: S, sink: K, metrics: Arc<Metrics>) -> Self {
         let board = Arc::new(Board::new(Arc::clone(&metrics)));
-        metrics.owned_shards.set(settings.shards as i64);
+        let holdings = Holdings::none(Uuid::new_v4(), settings.shards as u32);
         Self {
             settings: Arc::new(settings),
             store: Arc::new(store),
@@ -54,14 +57,17 @@ impl<S: Store, K: Sink> Relay<S, K> {
             metrics,
             board,
             pulses: Pulses::default(),
+            holdings: Arc::new(watch::Sender::new(holdings)),
         }
     }
 
     /// Runs until `stop` is cancelled and everything in flight is settled.
     pub async fn run(self, listener: TcpListener, stop: CancellationToken) -> Result<(), RelayError> {
         let (stopping, cut, aside) = (stop.child_token(), CancellationToken::new(), CancellationToken::new());
-        let mut beside = self.start_beside(listener, &aside);
-        let mut stages = self.start_pipeline(&stopping, &cut);
+        // Each leaving shard is told once, so there is room for all.
+        let (drained, drained_in) = mpsc::channel(self.settings.shards * 2);
+        let mut beside = self.start_beside(listener, drained_in, &aside);
+        let mut stages = self.start_pipeline(drained, &stopping, &cut);
 
         let failure = tokio::select! {
             biased;
@@ -70,7 +76,7 @@ impl<S: Store, K: Sink> Relay<S, K> {
             // 2. A stage that ends before the stop has failed.
             ended = stages.join_next() => ended.and_then(|ended| failure_of(ended, true)),
             // 3. The same for what runs beside.
-            ended = beside.join_next() => ended.and_then(|ended| failure_of(ended.map(|()| ("housekeeping or HTTP", Ok(()))), true)),
+            ended = beside.join_next() => ended.and_then(|ended| failure_of(ended.map(|()| ("ownership, housekeeping or HTTP", Ok(()))), true)),
         };
         self.board.set_stopping();
         stopping.cancel();
@@ -114,7 +120,12 @@ impl<S: Store, K: Sink> Relay<S, K> {
         failure
     }
 
-    fn start_pipeline(&self, stopping: &CancellationToken, cut: &CancellationToken) -> JoinSet<Ended> {
+    fn start_pipeline(
+        &self,
+        drained: mpsc::Sender<Lease>,
+        stopping: &CancellationToken,
+        cut: &CancellationToken,
+    ) -> JoinSet<Ended> {
         // Room for every row in flight, and for every key that is resumed: no send ever waits.
         let places = self.settings.max_in_flight * 2;
         let (outcomes, outcomes_in) = mpsc::channel(places);
@@ -130,6 +141,7 @@ impl<S: Store, K: Sink> Relay<S, K> {
                 output: outcomes.clone(),
                 publisher: self.sink.publisher(),
                 sink: self.sink.state(),
+                permit: Permit::new(self.holdings.subscribe()),
             };
             let pulse = self.pulses.start("publish");
             let metrics = Arc::clone(&self.metrics);
@@ -152,6 +164,8 @@ impl<S: Store, K: Sink> Relay<S, K> {
             workers,
             settled: settled_in,
             sink: self.sink.state(),
+            holdings: self.holdings.subscribe(),
+            drained,
         };
         let poll = Poll::new(
             ends,
@@ -165,9 +179,23 @@ impl<S: Store, K: Sink> Relay<S, K> {
         stages
     }
 
-    /// Counting, retention and HTTP go on while the pipeline drains.
-    fn start_beside(&self, listener: TcpListener, stop: &CancellationToken) -> JoinSet<()> {
+    /// Leases, counting, retention and HTTP go on while the pipeline drains.
+    fn start_beside(
+        &self,
+        listener: TcpListener,
+        drained: mpsc::Receiver<Lease>,
+        stop: &CancellationToken,
+    ) -> JoinSet<()> {
         let mut beside = JoinSet::new();
+        let ends = ownership::Ends {
+            store: Arc::clone(&self.store),
+            holdings: Arc::clone(&self.holdings),
+            drained,
+            sink: self.sink.state(),
+        };
+        let (board, pulse) = (Arc::clone(&self.board), self.pulses.start("ownership"));
+        let keeper = Keeper::new(ends, &self.settings, board, pulse, Arc::clone(&self.metrics));
+        beside.spawn(keeper.run(stop.clone()));
         let (store, metrics) = (&self.store, &self.metrics);
         beside.spawn(housekeeping::census(
             Arc::clone(store),
@@ -179,6 +207,7 @@ impl<S: Store, K: Sink> Relay<S, K> {
         let (retention, pulse) = (self.settings.retention, self.pulses.start("purge"));
         beside.spawn(housekeeping::purge(
             Arc::clone(store),
+            self.holdings.subscribe(),
             retention,
             Arc::clone(metrics),
             pulse,
@@ -189,7 +218,7 @@ impl<S: Store, K: Sink> Relay<S, K> {
             metrics: Arc::clone(metrics),
             pulses: self.pulses.clone(),
             sink: self.sink.state(),
-            shards: self.settings.shards,
+            holdings: self.holdings.subscribe(),
         };
         beside.spawn(http::serve(listener, view, stop.clone()));
         beside

@@ -3,6 +3,7 @@
 //! The table behind it is `docs/ARCHITECTURE.md`, "Failures".
 
 use crate::config::{Settings, Unroutable};
+use crate::mutants::mutant;
 use crate::sink::Fault;
 use crate::store::{StoreError, Trouble};
 use backon::{BackoffBuilder, ExponentialBuilder};
@@ -27,6 +28,8 @@ pub enum Decision {
     Dead,
     /// Count it as delivered.
     Accept,
+    /// Give it back to the table untouched, together with what follows it.
+    GiveBack,
 }
 
 /// What is decided by settings.
@@ -67,7 +70,10 @@ impl Policy {
     /// The one decision about a failed publish.
     pub fn decide(&self, fault: Fault, history: History) -> Decision {
         match fault {
+            Fault::Outage | Fault::Unknown if mutant!("dead-letter-on-outage") => Decision::Dead,
+            Fault::Outage | Fault::Unknown if mutant!("count-outages") => Decision::Wait,
             Fault::Outage | Fault::Unknown => Decision::Resend,
+            Fault::Fenced => Decision::GiveBack,
             Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,
             Fault::Suspect => Decision::ResendAlone,
             Fault::Unroutable => match self.unroutable {

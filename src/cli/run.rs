@@ -29,7 +29,7 @@ pub(super) fn run(sources: &Sources) -> anyhow::Result<ExitCode> {
         tracing::info!(
             version = env!("CARGO_PKG_VERSION"),
             database = %settings.database.describe(),
-            broker = %settings.amqp.describe(),
+            broker = %settings.amqp.endpoint.describe(),
             table = %settings.table,
             http = %settings.http_listen,
             "starting"

@@ -53,6 +53,15 @@ fn print(health: &Health) {
     println!("status      {}{}", health.status, if health.stopping { ", stopping" } else { "" });
     println!("database    {}", part(&health.database));
     println!("broker      {}", part(&health.broker));
+    let ownership = &health.ownership;
+    println!(
+        "ownership   {}{}: {} of {} shards, {} live replicas",
+        ownership.state,
+        ownership.reason.as_ref().map_or(String::new(), |reason| format!(" ({reason})")),
+        ownership.owned,
+        ownership.shards,
+        ownership.replicas
+    );
     let count = |count: Option<u64>| count.map_or("?".to_owned(), |count| count.to_string());
     let oldest = health.oldest_pending_seconds.unwrap_or(0.0);
     println!("pending     {} (oldest {oldest:.1} s)", count(health.pending));

@@ -73,6 +73,30 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting(
         SERVERS,
+        "amqp_ca_file",
+        "AMQP_CA_FILE",
+        None,
+        "FILE",
+        "Certificates (PEM) that amqps:// trusts besides the system's; read again at each connect",
+    ),
+    setting(
+        SERVERS,
+        "amqp_client_cert_file",
+        "AMQP_CLIENT_CERT_FILE",
+        None,
+        "FILE",
+        "The relay's own certificate (PEM) for a broker that asks for one; read again at each connect",
+    ),
+    setting(
+        SERVERS,
+        "amqp_client_key_file",
+        "AMQP_CLIENT_KEY_FILE",
+        None,
+        "FILE",
+        "Key (PEM, without a password) of that certificate",
+    ),
+    setting(
+        SERVERS,
         "transaction_pooling",
         "OUTBOX_TRANSACTION_POOLING",
         Some("false"),
@@ -206,7 +230,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_SHARDS",
         Some("16"),
         "COUNT",
-        "Shards that replicas share; reserved, one replica owns all of them",
+        "Shards that replicas share; the same for all that run at once",
     ),
     setting(
         FAILURES,
@@ -214,7 +238,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_LEASE_TTL",
         Some("10s"),
         "DURATION",
-        "Lease of a shard; reserved, one replica owns all of them",
+        "How long the keys of a replica that crashed may wait for another",
     ),
     setting(
         PROCESS,

@@ -82,10 +82,21 @@ pub(super) fn check_url(name: &str, secret: &SecretString, schemes: &[&str]) -> 
             Ok(url) if !schemes.contains(&url.scheme()) => {
                 return Err(ConfigError::Secret(name.to_owned(), expected));
             }
-            Ok(_) => {}
+            Ok(url) => check_files(name, &url)?,
             Err(error) => {
                 return Err(ConfigError::Secret(name.to_owned(), format!("{expected} ({error})")));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Certificate files that a Postgres URL names: the driver's own error would not say which it misses.
+fn check_files(name: &str, url: &Url) -> Result<(), ConfigError> {
+    for (key, path) in url.query_pairs() {
+        let named = matches!(&*key, "sslrootcert" | "sslcert" | "sslkey") && !path.starts_with("-----BEGIN");
+        if let Some(error) = named.then(|| std::fs::File::open(&*path).err()).flatten() {
+            return Err(ConfigError::Secret(name.to_owned(), format!("cannot read {path} ({key}): {error}")));
         }
     }
     Ok(())

@@ -3,16 +3,19 @@
 //! Nothing here connects to anything. Every refusal is one sentence that names the setting as the
 //! user wrote it, the value, and what is allowed. Secrets are never repeated.
 
+pub mod broker;
 pub mod catalog;
 pub mod endpoint;
 pub mod sources;
 pub mod table;
 mod units;
 
+pub use broker::Broker;
 pub use endpoint::Endpoint;
 pub use sources::Sources;
 pub use table::TableName;
 
+use broker::TlsFiles;
 use catalog::by_key;
 use secrecy::SecretString;
 use sources::Given;
@@ -74,7 +77,7 @@ pub struct LogSettings {
 #[allow(missing_docs, reason = "each field is described in config/catalog.rs, under its own name")]
 pub struct Settings {
     pub database: Endpoint,
-    pub amqp: Endpoint,
+    pub amqp: Broker,
     pub transaction_pooling: bool,
     pub table: TableName,
     pub exchange: String,
@@ -150,7 +153,7 @@ impl Settings {
     pub fn resolve(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Self {
             database: endpoint(sources, "database_url", "database_url_file", &["postgres", "postgresql"])?,
-            amqp: endpoint(sources, "amqp_url", "amqp_url_file", &["amqp", "amqps"])?,
+            amqp: broker(sources)?,
             transaction_pooling: units::boolean(&given(sources, "transaction_pooling"))?,
             table: table(sources)?,
             exchange: exchange(sources)?,
@@ -288,6 +291,28 @@ fn endpoint(
         }
         (None, None) => Err(ConfigError::Missing(setting(key).env, setting(key).help)),
     }
+}
+
+fn broker(sources: &Sources) -> Result<Broker, ConfigError> {
+    let endpoint = endpoint(sources, "amqp_url", "amqp_url_file", &["amqp", "amqps"])?;
+    let file = |key| sources.explicit(setting(key)).map(|given| PathBuf::from(given.text));
+    let client = match (file("amqp_client_cert_file"), file("amqp_client_key_file")) {
+        (Some(certificate), Some(key)) => Some((certificate, key)),
+        (None, None) => None,
+        _ => {
+            let sentence =
+                "AMQP_CLIENT_CERT_FILE and AMQP_CLIENT_KEY_FILE belong together: give both or none";
+            return Err(ConfigError::Combination(sentence.to_owned()));
+        }
+    };
+    let tls = TlsFiles { ca: file("amqp_ca_file"), client };
+    tls.read()
+        .map_err(|problem| ConfigError::Combination(format!("certificates for AMQP_URL: {problem}")))?;
+    if endpoint.read().is_ok_and(|secret| tls.are_idle(&secret)) {
+        let sentence = "AMQP_CA_FILE or AMQP_CLIENT_CERT_FILE is set and AMQP_URL is plain text: write amqps://, or leave them out";
+        return Err(ConfigError::Combination(sentence.to_owned()));
+    }
+    Ok(Broker { endpoint, tls })
 }
 
 fn given(sources: &Sources, key: &str) -> Given {

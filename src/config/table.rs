@@ -94,7 +94,7 @@ fn identifier(text: &str) -> Result<(String, &str), String> {
             (part.to_ascii_lowercase(), &text[end..])
         }
     };
-    if part.is_empty() || part.len() > IDENTIFIER_MAX || part.contains('\0') {
+    if part.is_empty() || part.len() > IDENTIFIER_MAX || part.contains(['\0', '{', '}']) {
         return Err(expected());
     }
     Ok((part, rest))

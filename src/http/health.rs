@@ -1,11 +1,14 @@
 //! What `/health` says: the state of both servers and of the table, and one reason if all is not well.
 
+use crate::ownership::Holdings;
 use crate::sink::SinkState;
 use crate::store::Census;
 use crate::telemetry::{Board, Database, Metrics, Pulses};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 /// Everything the endpoints look at.
 #[derive(Debug, Clone)]
@@ -15,7 +18,7 @@ pub struct View {
     pub metrics: Arc<Metrics>,
     pub pulses: Pulses,
     pub sink: watch::Receiver<SinkState>,
-    pub shards: usize,
+    pub holdings: watch::Receiver<Holdings>,
 }
 
 /// The body of `/health`.
@@ -66,12 +69,24 @@ pub struct Part {
 /// Shards and their owner.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ownership {
-    /// `owner`: this replica publishes.
+    /// `owner`: this replica publishes. `standby`: others own every shard. `waiting`: the lease table has not been
+    /// reached, or not lately enough. `refused`: other replicas run with another number of shards.
     pub state: String,
+    /// Why not `owner` or `standby`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    /// This process.
+    pub replica: Uuid,
+    /// Replicas that live.
+    pub replicas: u32,
     /// Shards in all.
-    pub shards: u64,
+    pub shards: u32,
     /// Shards this replica publishes.
-    pub owned: u64,
+    pub owned: u32,
+    /// Highest epoch of its leases.
+    pub epoch: i64,
+    /// Which shards.
+    pub owned_shards: Vec<u32>,
 }
 
 impl Part {
@@ -90,11 +105,36 @@ impl Health {
             let reason = part.reason.clone().unwrap_or_default();
             (part.state == "down").then(|| format!("{name}: {reason}"))
         };
-        down("database", &self.database).or_else(|| down("broker", &self.broker))
+        let ownership = || self.ownership.reason.as_ref().map(|reason| format!("ownership: {reason}"));
+        down("database", &self.database).or_else(|| down("broker", &self.broker)).or_else(ownership)
     }
 }
 
 impl View {
+    fn ownership(&self) -> Ownership {
+        let holdings = self.holdings.borrow();
+        let leases = holdings.leases();
+        let (state, reason) = if holdings.refused.is_some() {
+            ("refused", holdings.refused.clone())
+        } else if !holdings.is_trusted(Instant::now()) {
+            ("waiting", Some("no lease has been renewed lately".to_owned()))
+        } else if leases.is_empty() {
+            ("standby", None)
+        } else {
+            ("owner", None)
+        };
+        Ownership {
+            state: state.to_owned(),
+            reason,
+            replica: holdings.replica,
+            replicas: holdings.replicas,
+            shards: holdings.shards(),
+            owned: leases.len() as u32,
+            epoch: leases.iter().map(|lease| lease.epoch).max().unwrap_or(0),
+            owned_shards: leases.iter().map(|lease| lease.shard).collect(),
+        }
+    }
+
     /// The state now. Counts of the table are at most a second old while counting is quick.
     pub fn health(&self) -> Health {
         let database = match self.board.database() {
@@ -113,17 +153,16 @@ impl View {
         let oldest = |census: Census| (census.oldest_seconds * 1000.0).round() / 1000.0;
         let named = |name: &str, part: &Part| part.reason.as_ref().map(|reason| format!("{name}: {reason}"));
         let reason = named("database", &database).or_else(|| named("broker", &broker));
+        let ownership = self.ownership();
+        let reason =
+            reason.or_else(|| ownership.reason.as_ref().map(|reason| format!("ownership: {reason}")));
         let gauge = |value: i64| u64::try_from(value).unwrap_or(0);
         Health {
             status: if reason.is_none() { "ok" } else { "unavailable" }.to_owned(),
             reason,
             database,
             broker,
-            ownership: Ownership {
-                state: "owner".to_owned(),
-                shards: self.shards as u64,
-                owned: gauge(self.metrics.owned_shards.get()),
-            },
+            ownership,
             pending: census.map(|census| census.pending),
             oldest_pending_seconds: census.map(oldest),
             dead: census.map(|census| census.dead),

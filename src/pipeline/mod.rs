@@ -26,7 +26,9 @@
 //! 3. **A refused row holds its key.** From the refusal on, its worker gives back every row of that
 //!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed. From then on the
 //!    table holds the key back. There is no moment at which neither does.
-//! 4. **Stopping is the end of input.** `poll` ends on the signal, workers when `poll` has, settle
+//! 4. **A row without a lease is not sent.** It goes back, its key is held as above, and its shard is not read until all
+//!    of it that was in flight is settled ([`shards`]).
+//! 5. **Stopping is the end of input.** `poll` ends on the signal, workers when `poll` has, settle
 //!    when the workers have; settle's last write is never cancelled.
 
 pub mod known;
@@ -35,13 +37,14 @@ pub mod publish;
 pub mod queue;
 pub mod routes;
 pub mod settle;
+pub mod shards;
 
 pub use poll::Poll;
 pub use publish::Worker;
 pub use settle::Settle;
 
 use crate::sink::Fault;
-use crate::store::{Route, Row};
+use crate::store::{Lease, Route, Row};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,7 +53,7 @@ use std::time::Duration;
 pub enum Work {
     /// Publish this.
     Publish(Row),
-    /// A refused row of this key is in the table now and holds it back there.
+    /// This key may go on: its refused row is in the table and holds it back there, or all of its rows are back there.
     Resume(Arc<str>),
 }
 
@@ -59,6 +62,8 @@ pub enum Work {
 pub struct Outcome {
     /// Row id.
     pub id: i64,
+    /// The lease it was read under.
+    pub lease: Lease,
     /// Its end.
     pub end: End,
 }
@@ -95,6 +100,11 @@ pub enum End {
     },
     /// Not sent; goes back to the table untouched.
     Released,
+    /// Not sent, because its lease was not in force; goes back to the table untouched.
+    Fenced {
+        /// Its key, which stays held until all rows of the shard are back.
+        key: Option<Arc<str>>,
+    },
 }
 
 /// From settle to poll, after the commit: this row's place is free.
@@ -126,4 +136,9 @@ pub enum Fate {
     },
     /// In the table as it was.
     Released,
+    /// The same, and its key is held by its worker.
+    Fenced {
+        /// The key to resume.
+        key: Option<Arc<str>>,
+    },
 }

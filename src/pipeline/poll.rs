@@ -8,11 +8,14 @@
 
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
+use super::shards::Shards;
 use super::{Fate, Settled, Work};
 use crate::config::{Ordering, Settings};
+use crate::mutants::mutant;
+use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::sink::SinkState;
-use crate::store::{Ask, Read, Route, Row, Store, StoreError, Trouble};
+use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -47,6 +50,8 @@ pub struct Poll<S> {
     workers: Vec<mpsc::Sender<Work>>,
     settled: mpsc::Receiver<Settled>,
     sink: watch::Receiver<SinkState>,
+    holdings: watch::Receiver<Holdings>,
+    drained: mpsc::Sender<Lease>,
     stop: CancellationToken,
     board: Arc<Board>,
     pulse: Pulse,
@@ -55,6 +60,7 @@ pub struct Poll<S> {
 
     in_flight: HashMap<i64, InFlight>,
     bytes_in_flight: usize,
+    shards: Shards,
     known: Known,
     /// Largest id ever read.
     last_read: i64,
@@ -79,6 +85,10 @@ pub struct Ends<S> {
     pub settled: mpsc::Receiver<Settled>,
     /// Whether the broker takes messages.
     pub sink: watch::Receiver<SinkState>,
+    /// What may be read.
+    pub holdings: watch::Receiver<Holdings>,
+    /// Told when a shard that leaves has nothing in flight.
+    pub drained: mpsc::Sender<Lease>,
 }
 
 /// Settings of the stage.
@@ -91,11 +101,13 @@ struct Limits {
     poll_interval: Duration,
     sweep_interval: Duration,
     keep_order: bool,
+    shards: u32,
 }
 
 #[derive(Debug)]
 struct InFlight {
     bytes: usize,
+    shard: u32,
     /// The worker that has it, and that is told when its key may go on.
     worker: usize,
     /// Sent to try a parked route.
@@ -142,12 +154,15 @@ impl<S: Store> Poll<S> {
             poll_interval: settings.poll_interval,
             sweep_interval: settings.sweep_interval,
             keep_order: settings.ordering != Ordering::None,
+            shards: settings.shards as u32,
         };
         Self {
             store: ends.store,
             workers: ends.workers,
             settled: ends.settled,
             sink: ends.sink,
+            holdings: ends.holdings,
+            drained: ends.drained,
             stop,
             board,
             pulse,
@@ -155,6 +170,7 @@ impl<S: Store> Poll<S> {
             limits,
             in_flight: HashMap::new(),
             bytes_in_flight: 0,
+            shards: Shards::default(),
             known: Known::default(),
             last_read: i64::MIN,
             gaps: None,
@@ -180,7 +196,7 @@ impl<S: Store> Poll<S> {
         let mut pause = PAUSE_MIN;
         loop {
             self.take_settled().await;
-            if self.wait_for_room_and_sink().await.is_err() {
+            if self.wait_until_reading_helps().await.is_err() {
                 return;
             }
             let begun = Instant::now();
@@ -216,27 +232,52 @@ impl<S: Store> Poll<S> {
         Ok(found)
     }
 
-    /// Waits until rows may be read: the broker takes messages, and enough places are free to be worth
-    /// a statement. An error means that the sink is gone for good.
-    async fn wait_for_room_and_sink(&mut self) -> Result<(), RecvError> {
+    /// Waits until rows may be read: the broker takes messages, some shard is ours, and enough places are free to be
+    /// worth a statement. An error means that the sink or the keeper of leases is gone for good.
+    async fn wait_until_reading_helps(&mut self) -> Result<(), RecvError> {
         loop {
-            if !self.sink.borrow().is_ready() {
+            self.follow_ownership().await;
+            let may_read = self.sink.borrow().is_ready() && !self.leases().is_empty();
+            if may_read && self.has_room() {
+                return Ok(());
+            }
+            if !may_read {
                 // Nothing is asked of the database meanwhile, so nothing is known of it here.
                 self.board.database_idle(DatabaseUser::Poll);
+            }
+            let event = async {
                 tokio::select! {
                     biased;
                     // 1. Places are freed while the broker is away too.
-                    settled = self.settled.recv() => self.settle(settled).await,
+                    settled = self.settled.recv() => Ok(settled),
                     // 2. The broker is back, or has another reason to be away.
-                    changed = self.pulse.beat_during(self.sink.changed()) => changed?,
+                    changed = self.sink.changed() => Err(changed),
+                    // 3. Shards have come or are to go.
+                    changed = self.holdings.changed() => Err(changed),
                 }
-            } else if self.has_room() {
-                return Ok(());
-            } else {
-                let settled = self.pulse.beat_during(self.settled.recv()).await;
-                self.settle(settled).await;
-                self.take_settled().await;
+            };
+            match self.pulse.beat_during(event).await {
+                Ok(settled) => self.settle(settled).await,
+                Err(changed) => changed?,
             }
+            self.take_settled().await;
+        }
+    }
+
+    /// What may be read now.
+    fn leases(&self) -> Vec<Lease> {
+        self.shards.readable(&self.holdings.borrow())
+    }
+
+    /// Lets keys go on whose shard has run empty, and tells which leaving shards have.
+    async fn follow_ownership(&mut self) {
+        for (worker, key) in self.shards.take_resumed() {
+            let _ = self.workers[worker].send(Work::Resume(key)).await;
+        }
+        let drained = self.shards.take_drained(&self.holdings.borrow_and_update());
+        for lease in drained {
+            // Fails only when the keeper has ended, which supervision has noticed.
+            let _ = self.drained.send(lease).await;
         }
     }
 
@@ -254,8 +295,13 @@ impl<S: Store> Poll<S> {
             tokio::select! {
                 biased;
                 // 1. Settled rows first: they free places.
-                settled = self.settled.recv() => self.settle(settled).await,
-                // 2. Time is up.
+                settled = self.settled.recv() => {
+                    self.settle(settled).await;
+                    self.follow_ownership().await;
+                }
+                // 2. Shards have come or are to go.
+                Ok(()) = self.holdings.changed() => return,
+                // 3. Time is up.
                 () = self.pulse.beat_during(tokio::time::sleep_until(until)) => return,
             }
         }
@@ -281,6 +327,14 @@ impl<S: Store> Poll<S> {
     }
 
     async fn read(&mut self) -> Result<Found, StoreError> {
+        let leases = self.leases();
+        if leases.is_empty() {
+            return Ok(Found::Nothing);
+        }
+        if self.shards.note_read(&leases) {
+            // Others may have written what we believe to be settled.
+            self.forget_what_is_settled();
+        }
         if self.last_sweep.elapsed() >= self.limits.sweep_interval {
             self.sweeping = true;
         }
@@ -288,6 +342,10 @@ impl<S: Store> Poll<S> {
         // backlog does not keep the sweep from ending.
         let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
         let Unknown { ranges, exact } = if self.sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
+        let (ranges, exact) = match mutant!("read-after-last-id") {
+            true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
+            false => (ranges, exact),
+        };
         // Exact ranges leave out what is in flight; others need the list of it.
         let in_flight: Vec<i64> = if exact { Vec::new() } else { self.in_flight.keys().copied().collect() };
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
@@ -298,8 +356,9 @@ impl<S: Store> Poll<S> {
             bytes: free_bytes,
             room_for_any: self.in_flight.is_empty(),
             in_flight: &in_flight,
-            keep_order: self.limits.keep_order,
+            keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
+            share: Share { shards: self.limits.shards, leases: &leases },
         };
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
@@ -352,7 +411,9 @@ impl<S: Store> Poll<S> {
         self.known.add(row.id);
         self.bytes_in_flight += row.bytes();
         let probe = worker == self.prober();
-        self.in_flight.insert(row.id, InFlight { bytes: row.bytes(), worker, probe, watched });
+        self.in_flight
+            .insert(row.id, InFlight { bytes: row.bytes(), shard: row.lease.shard, worker, probe, watched });
+        self.shards.sent(row.lease.shard);
         self.show_in_flight();
         // Never waits: the channel has a place for every row in flight.
         let _ = self.workers[worker].send(Work::Publish(row)).await;
@@ -386,8 +447,11 @@ impl<S: Store> Poll<S> {
             // Settle is gone; supervision ends us.
             return std::future::pending().await;
         };
-        let Some(InFlight { bytes, worker, probe, watched }) = self.in_flight.remove(&id) else { return };
+        let Some(InFlight { bytes, shard, worker, probe, watched }) = self.in_flight.remove(&id) else {
+            return;
+        };
         self.bytes_in_flight -= bytes;
+        self.shards.settled(shard);
         self.show_in_flight();
         match fate {
             Fate::Delivered => {
@@ -399,6 +463,11 @@ impl<S: Store> Poll<S> {
             Fate::Released => {
                 self.known.remove(id);
                 self.end_probe(watched, probe);
+            }
+            Fate::Fenced { key } => {
+                self.known.remove(id);
+                self.end_probe(watched, probe);
+                self.shards.fenced(shard, worker, key);
             }
             Fate::Waiting { key, route, reason, fault } => {
                 self.known.remove(id);
@@ -464,7 +533,9 @@ impl<S: Store> Poll<S> {
     async fn probe(&mut self) -> Result<(), StoreError> {
         let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
-        let probe = self.store.probe(&route, &in_flight, self.limits.keep_order);
+        let leases = self.leases();
+        let share = Share { shards: self.limits.shards, leases: &leases };
+        let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match self.pulse.beat_during(probe).await {
             Ok(Some(row)) => {
                 let prober = self.prober();
@@ -496,7 +567,8 @@ impl<S: Store> Poll<S> {
             self.gaps = Some(fresh);
             return Ok(());
         };
-        if horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE {
+        let nothing_can_appear = horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE;
+        if nothing_can_appear || mutant!("close-gaps-at-once") {
             let complete = horizon.pending.len() < HORIZON_IDS;
             let last =
                 if complete { check.last } else { horizon.pending.last().copied().unwrap_or(check.last) };

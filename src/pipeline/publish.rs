@@ -9,9 +9,11 @@
 use super::queue::{Queue, Queued};
 use super::{End, Outcome, Work};
 use crate::config::Settings;
+use crate::mutants::mutant;
+use crate::ownership::Permit;
 use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
-use crate::store::{Route, Row};
+use crate::store::{Lease, Route, Row};
 use crate::telemetry::{Metrics, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -31,6 +33,7 @@ pub struct Worker<P> {
     output: mpsc::Sender<Outcome>,
     publisher: P,
     sink: watch::Receiver<SinkState>,
+    permit: Permit,
     queue: Queue,
     policy: Policy,
     batch_rows: usize,
@@ -55,6 +58,8 @@ pub struct Ends<P> {
     pub publisher: P,
     /// Whether the broker can be used.
     pub sink: watch::Receiver<SinkState>,
+    /// The right to send a row.
+    pub permit: Permit,
 }
 
 impl<P: Publisher> Worker<P> {
@@ -72,6 +77,7 @@ impl<P: Publisher> Worker<P> {
             output: ends.output,
             publisher: ends.publisher,
             sink: ends.sink,
+            permit: ends.permit,
             queue: Queue::new(settings.ordering),
             policy: Policy::new(settings),
             batch_rows: settings.batch_size,
@@ -204,8 +210,14 @@ impl<P: Publisher> Worker<P> {
     async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
         let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
             batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
+        if mutant!("mark-before-confirm") {
+            for row in &rows {
+                self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros })
+                    .await;
+            }
+        }
         let sent_at = Instant::now();
-        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.cut)).await;
+        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.permit, &self.cut)).await;
         self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
         self.count_silences(&rows, &verdicts);
         let alone = rows.len() == 1;
@@ -248,6 +260,7 @@ impl<P: Publisher> Worker<P> {
             Decision::Accept => self.delivered(queued.row).await,
             Decision::Wait => self.wait(queued.row, refusal).await,
             Decision::Dead => self.dead(queued.row, refusal).await,
+            Decision::GiveBack => self.give_back(queued.row).await,
         }
         None
     }
@@ -256,7 +269,7 @@ impl<P: Publisher> Worker<P> {
         if !self.silences.is_empty() {
             self.silences.remove(&row.route);
         }
-        self.end(row.id, End::Delivered { created_at_micros: row.created_at_micros }).await;
+        self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros }).await;
     }
 
     async fn wait(&mut self, row: Row, refusal: Refusal) {
@@ -270,7 +283,17 @@ impl<P: Publisher> Worker<P> {
             wait: self.policy.wait(attempts),
             reason: refusal.reason,
         };
-        self.end(row.id, end).await;
+        self.end(row.id, row.lease, end).await;
+        self.release(followers).await;
+    }
+
+    /// The lease was not in force. The key is held, so that no later row of it goes before this one when the lease is
+    /// in force again.
+    async fn give_back(&mut self, row: Row) {
+        self.metrics.fenced.inc();
+        let key = self.queue.key_of(&row).filter(|_| !mutant!("no-hold-after-fence"));
+        let followers = key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
+        self.end(row.id, row.lease, End::Fenced { key }).await;
         self.release(followers).await;
     }
 
@@ -283,19 +306,19 @@ impl<P: Publisher> Worker<P> {
             reason = refusal.reason,
             "row is dead: it can not be delivered"
         );
-        self.end(row.id, End::Dead { attempts, reason: refusal.reason }).await;
+        self.end(row.id, row.lease, End::Dead { attempts, reason: refusal.reason }).await;
     }
 
     async fn release(&mut self, rows: Vec<Row>) {
         for row in rows {
-            self.end(row.id, End::Released).await;
+            self.end(row.id, row.lease, End::Released).await;
         }
     }
 
     /// Never waits: the channel has room for every row in flight. Fails only after settle is gone,
     /// which supervision has noticed already.
-    async fn end(&mut self, id: i64, end: End) {
-        let _ = self.output.send(Outcome { id, end }).await;
+    async fn end(&mut self, id: i64, lease: Lease, end: End) {
+        let _ = self.output.send(Outcome { id, lease, end }).await;
     }
 
     /// Counts confirm time-outs, once per batch and route.
@@ -315,7 +338,7 @@ impl<P: Publisher> Worker<P> {
             Fault::Unknown | Fault::Silence | Fault::Suspect => self.metrics.possible_duplicates.inc(),
             Fault::Unroutable => self.metrics.returned.inc(),
             Fault::Destination | Fault::Message | Fault::Hopeless => self.metrics.refused.inc(),
-            Fault::Outage => return,
+            Fault::Outage | Fault::Fenced => return,
         };
     }
 }

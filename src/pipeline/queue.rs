@@ -60,6 +60,11 @@ impl Queue {
         }
     }
 
+    /// The key that orders this row, if keys order anything.
+    pub fn key_of(&self, row: &Row) -> Option<Arc<str>> {
+        key_of(self.ordering, row).cloned()
+    }
+
     /// Earlier rows of this key wait here, or in the table since a refusal.
     pub fn is_busy_with(&self, key: &Arc<str>) -> bool {
         self.keyed.contains_key(key) || self.held.contains_key(key)
@@ -203,7 +208,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Route;
+    use crate::store::{Lease, Route};
     use proptest::prelude::*;
 
     fn row(id: i64, key: Option<&str>) -> Row {
@@ -217,6 +222,7 @@ mod tests {
             headers: "{}".to_owned(),
             created_at_micros: 0,
             attempts: 0,
+            lease: Lease { shard: 0, epoch: 0 },
             defect: None,
         }
     }

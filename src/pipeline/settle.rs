@@ -7,6 +7,7 @@
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
 use super::{End, Fate, Outcome, Settled};
+use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::store::{Dead, Settlement, Store, StoreError, Trouble, Waiting};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
@@ -114,6 +115,9 @@ impl<S: Store> Settle<S> {
                 Err(error) => error,
             };
             self.board.database_down(DatabaseUser::Settle, &error);
+            if mutant!("forget-marks-on-error") {
+                return Ok(());
+            }
             let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
             if self.cut.run_until_cancelled(pause).await.is_none() {
                 return Err(error);
@@ -143,7 +147,7 @@ impl<S: Store> Settle<S> {
     /// Counts what was committed and frees the places.
     async fn report(&self, outcomes: Vec<Outcome>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        for Outcome { id, end } in outcomes {
+        for Outcome { id, end, .. } in outcomes {
             let fate = match end {
                 End::Delivered { created_at_micros } => {
                     self.metrics.delivered.inc();
@@ -157,6 +161,7 @@ impl<S: Store> Settle<S> {
                 }
                 End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
                 End::Released => Fate::Released,
+                End::Fenced { key } => Fate::Fenced { key },
             };
             // Fails only when poll has ended, which on a stop is as it should be.
             let _ = self.output.send(Settled { id, fate }).await;
@@ -166,19 +171,25 @@ impl<S: Store> Settle<S> {
 
 fn settlement(outcomes: &[Outcome]) -> Settlement {
     let mut settlement = Settlement::default();
-    for Outcome { id, end } in outcomes {
+    for Outcome { id, lease, end } in outcomes {
         match end {
             End::Delivered { .. } => settlement.delivered.push(*id),
             End::Dead { attempts, reason } => {
-                settlement.dead.push(Dead { id: *id, attempts: *attempts, reason: reason.clone() });
+                settlement.dead.push(Dead {
+                    id: *id,
+                    lease: *lease,
+                    attempts: *attempts,
+                    reason: reason.clone(),
+                });
             }
             End::Wait { attempts, wait, reason, .. } => settlement.waiting.push(Waiting {
                 id: *id,
+                lease: *lease,
                 attempts: *attempts,
                 wait: *wait,
                 reason: reason.clone(),
             }),
-            End::Released => {}
+            End::Released | End::Fenced { .. } => {}
         }
     }
     settlement

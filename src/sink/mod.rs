@@ -7,7 +7,9 @@
 //! 3. Rows of one key go out in the order of the batch.
 //! 4. A refusal says whose fault it is ([`Fault`]); where that is not known it is [`Fault::Unknown`],
 //!    never `Ok`.
-//! 5. An unreachable server is no refusal: [`SinkState`] says it, and `publish` answers
+//! 5. The permit is asked for each row right before it is sent, after everything that may take time. Without it the row
+//!    is not sent: [`Fault::Fenced`].
+//! 6. An unreachable server is no refusal: [`SinkState`] says it, and `publish` answers
 //!    [`Fault::Outage`] for what was not sent.
 
 pub mod null;
@@ -15,6 +17,7 @@ pub mod rabbitmq;
 
 pub use rabbitmq::RabbitMq;
 
+use crate::ownership::Permit;
 use crate::store::Row;
 use std::future::Future;
 use tokio::sync::watch;
@@ -44,6 +47,8 @@ impl Refusal {
 pub enum Fault {
     /// Not sent: the server cannot be used now.
     Outage,
+    /// Not sent: the permit was refused.
+    Fenced,
     /// Sent, and the connection or channel was lost before the answer.
     Unknown,
     /// Sent, and no answer within the confirm time-out.
@@ -110,11 +115,12 @@ pub trait Sink: Send + Sync + 'static {
 
 /// One worker's way to a sink.
 pub trait Publisher: Send + 'static {
-    /// Sends a batch and awaits every answer, or until `give_up` is cancelled: then what has no answer
+    /// Sends what the permit allows of a batch and awaits every answer, or until `give_up` is cancelled: then what has no answer
     /// is [`Fault::Unknown`]. Not cancel-safe: a batch that is dropped may have been delivered.
     fn publish(
         &mut self,
         batch: &[Row],
+        permit: &Permit,
         give_up: &CancellationToken,
     ) -> impl Future<Output = Vec<Verdict>> + Send;
 }

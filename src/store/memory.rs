@@ -3,10 +3,13 @@
 //! It keeps the obligations of [`Store`] in the plainest way: one lock, one sorted map, a scan per
 //! call. The contract suite runs on it and on Postgres alike.
 
-use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Store, StoreError};
+use super::leases::{Lease, LeaseTable, Member, Standing};
+use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble};
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// Outbox rows in memory. Clones share the rows.
 #[derive(Debug, Clone, Default)]
@@ -18,6 +21,23 @@ pub struct MemoryStore {
 struct Table {
     rows: BTreeMap<i64, Stored>,
     failures: VecDeque<StoreError>,
+    leases: BTreeMap<u32, Owned>,
+    replicas: BTreeMap<Uuid, Replica>,
+    leases_stalled_until: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Owned {
+    owner: Option<Uuid>,
+    epoch: i64,
+    expires_at: Instant,
+}
+
+#[derive(Debug)]
+struct Replica {
+    shards: u32,
+    ready: bool,
+    expires_at: Instant,
 }
 
 /// A row with what the relay has written to it.
@@ -59,6 +79,11 @@ impl MemoryStore {
         self.lock().failures.push_back(error);
     }
 
+    /// Lets every call to the lease table fail for a while.
+    pub fn stall_leases(&self, time: Duration) {
+        self.lock().leases_stalled_until = Some(Instant::now() + time);
+    }
+
     /// All rows as they are now, in id order.
     pub fn rows(&self) -> Vec<Stored> {
         self.lock().rows.values().cloned().collect()
@@ -77,7 +102,72 @@ impl MemoryStore {
     }
 }
 
+/// The shard of a row: by key, or by id where there is none.
+fn shard_of(row: &Row, shards: u32) -> u32 {
+    let mut hasher = DefaultHasher::new();
+    match &row.ordering_key {
+        Some(key) => key.hash(&mut hasher),
+        None => row.id.hash(&mut hasher),
+    }
+    (hasher.finish() % u64::from(shards)) as u32
+}
+
+/// The row as it is read: with its lease; `None` if its shard is not in the share.
+fn read_under(row: &Row, share: Share<'_>) -> Option<Row> {
+    let lease = share.lease(shard_of(row, share.shards))?;
+    Some(Row { lease, ..row.clone() })
+}
+
+impl MemoryStore {
+    fn lease_table(&self) -> Result<MutexGuard<'_, Table>, StoreError> {
+        let table = self.call()?;
+        match table.leases_stalled_until {
+            Some(until) if Instant::now() < until => Err(StoreError {
+                trouble: Trouble::Outage,
+                sentence: "the lease table is stalled".to_owned(),
+            }),
+            _ => Ok(table),
+        }
+    }
+}
+
 impl Table {
+    fn in_force(&self, lease: Lease) -> bool {
+        self.leases.get(&lease.shard).is_some_and(|owned| owned.epoch == lease.epoch)
+    }
+
+    fn change_under(&mut self, lease: Lease, id: i64, change: impl FnOnce(&mut Stored)) {
+        if self.in_force(lease) {
+            self.change(id, change);
+        }
+    }
+
+    fn standing(&self, me: Member, now: Instant) -> Standing {
+        let live: Vec<_> = self.replicas.iter().filter(|(_, replica)| replica.expires_at > now).collect();
+        let any_ready = live.iter().any(|(_, replica)| replica.ready);
+        let counted: Vec<Uuid> =
+            live.iter().filter(|(_, r)| r.ready || !any_ready).map(|(id, _)| **id).collect();
+        let quota = counted.iter().position(|id| *id == me.replica).map_or(0, |rank| {
+            let (count, rank) = (counted.len() as u32, rank as u32);
+            me.shards / count + u32::from(rank < me.shards % count)
+        });
+        let free = |owned: &&Owned| owned.owner.is_none() || owned.expires_at <= now;
+        let mine = |owned: &Owned| owned.owner == Some(me.replica) && owned.expires_at > now;
+        Standing {
+            member: live.iter().any(|(id, _)| **id == me.replica),
+            replicas: live.len() as u32,
+            other_shards: live.iter().map(|(_, replica)| replica.shards).find(|shards| *shards != me.shards),
+            quota,
+            free: self.leases.range(..me.shards).map(|(_, owned)| owned).filter(free).count() as u32,
+            leases: self
+                .leases
+                .iter()
+                .filter(|(_, owned)| mine(owned))
+                .map(|(shard, owned)| Lease { shard: *shard, epoch: owned.epoch })
+                .collect(),
+        }
+    }
+
     fn held_back(&self, row: &Row) -> bool {
         let earlier = self.rows.range(..row.id).map(|(_, stored)| stored);
         row.ordering_key.is_some()
@@ -103,6 +193,7 @@ impl Store for MemoryStore {
                 && ask.ranges.iter().any(|(first, last)| (first..=last).contains(&&row.id))
                 && !(row.attempts > 0 && ask.parked.contains(&row.route))
                 && !(ask.keep_order && table.held_back(row))
+                && ask.share.lease(shard_of(row, ask.share.shards)).is_some()
         };
         let mut read = Read::default();
         let mut bytes = 0;
@@ -112,7 +203,7 @@ impl Store for MemoryStore {
                 read.more = true;
                 break;
             }
-            read.rows.push(stored.row.clone());
+            read.rows.extend(read_under(&stored.row, ask.share));
         }
         read.more |= read.rows.len() >= ask.rows;
         Ok(read)
@@ -123,6 +214,7 @@ impl Store for MemoryStore {
         route: &Route,
         in_flight: &[i64],
         keep_order: bool,
+        share: Share<'_>,
     ) -> Result<Option<Row>, StoreError> {
         let table = self.call()?;
         let wanted = |stored: &&Stored| {
@@ -130,10 +222,11 @@ impl Store for MemoryStore {
                 && *stored.row.route == *route
                 && !in_flight.contains(&stored.row.id)
                 && !(keep_order && table.held_back(&stored.row))
+                && share.lease(shard_of(&stored.row, share.shards)).is_some()
         };
         let first =
             table.rows.values().filter(wanted).min_by_key(|stored| (stored.available_at, stored.row.id));
-        Ok(first.map(|stored| stored.row.clone()))
+        Ok(first.and_then(|stored| read_under(&stored.row, share)))
     }
 
     async fn release(&self, route: &Route, rows: usize) -> Result<u64, StoreError> {
@@ -174,14 +267,14 @@ impl Store for MemoryStore {
             table.change(*id, |stored| stored.delivered_at = Some(now));
         }
         for waiting in &settlement.waiting {
-            table.change(waiting.id, |stored| {
+            table.change_under(waiting.lease, waiting.id, |stored| {
                 stored.row.attempts = waiting.attempts;
                 stored.available_at = now + waiting.wait;
                 stored.last_error = Some(waiting.reason.clone());
             });
         }
         for dead in &settlement.dead {
-            table.change(dead.id, |stored| {
+            table.change_under(dead.lease, dead.id, |stored| {
                 stored.row.attempts = dead.attempts;
                 stored.dead = true;
                 stored.last_error = Some(dead.reason.clone());
@@ -226,5 +319,48 @@ impl Store for MemoryStore {
             waiting: pending().filter(|stored| stored.refused()).count() as u64,
             blocked_keys: keys.len() as u64,
         })
+    }
+}
+
+impl LeaseTable for MemoryStore {
+    async fn look(&self, member: Member) -> Result<Standing, StoreError> {
+        Ok(self.lease_table()?.standing(member, Instant::now()))
+    }
+
+    async fn renew(&self, member: Member, drained: &[u32]) -> Result<Standing, StoreError> {
+        let mut table = self.lease_table()?;
+        let now = Instant::now();
+        let expires_at = now + member.lease_time;
+        table.replicas.retain(|_, replica| replica.expires_at > now);
+        if table.replicas.values().any(|replica| replica.shards != member.shards) {
+            return Ok(table.standing(member, now));
+        }
+        let replica = Replica { shards: member.shards, ready: member.ready, expires_at };
+        table.replicas.insert(member.replica, replica);
+        for shard in 0..member.shards {
+            let unowned = || Owned { owner: None, epoch: 0, expires_at: now };
+            let owned = table.leases.entry(shard).or_insert_with(unowned);
+            if owned.owner == Some(member.replica) {
+                match drained.contains(&shard) {
+                    true => owned.owner = None,
+                    false => owned.expires_at = expires_at,
+                }
+            }
+        }
+        let Standing { quota, leases, .. } = table.standing(member, now);
+        let free = |owned: &&mut Owned| owned.owner.is_none() || owned.expires_at <= now;
+        let part = (quota as usize).saturating_sub(leases.len());
+        for owned in table.leases.range_mut(..member.shards).map(|(_, owned)| owned).filter(free).take(part) {
+            *owned = Owned { owner: Some(member.replica), epoch: owned.epoch + 1, expires_at };
+        }
+        Ok(table.standing(member, now))
+    }
+
+    async fn leave(&self, member: Member) -> Result<(), StoreError> {
+        let mut table = self.lease_table()?;
+        table.replicas.remove(&member.replica);
+        let mine = |owned: &&mut Owned| owned.owner == Some(member.replica);
+        table.leases.values_mut().filter(mine).for_each(|owned| owned.owner = None);
+        Ok(())
     }
 }

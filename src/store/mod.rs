@@ -8,11 +8,15 @@
 //!    still pending.
 //! 3. [`Store::settle`] is all or nothing and may be run again with the same input.
 //! 4. No transaction outlives a call.
-//! 5. An error says what to do next ([`Trouble`]); it never loses a row.
+//! 5. A row carries the lease it was read under; only rows of the leases in the question are returned. Refusals
+//!    are written only while that lease is in force, deliveries always.
+//! 6. An error says what to do next ([`Trouble`]); it never loses a row.
 
+pub mod leases;
 pub mod memory;
 pub mod postgres;
 
+pub use leases::{Lease, LeaseTable};
 pub use postgres::PostgresStore;
 
 use bytes::Bytes;
@@ -43,6 +47,8 @@ pub struct Row {
     pub created_at_micros: i64,
     /// Times the broker refused it.
     pub attempts: u32,
+    /// Its shard, and the epoch under which it was read.
+    pub lease: Lease,
     /// Why the row cannot be read as a message at all; it goes straight to the dead.
     pub defect: Option<String>,
 }
@@ -97,6 +103,30 @@ pub struct Ask<'a> {
     pub keep_order: bool,
     /// Routes whose refused rows are not tried now.
     pub parked: &'a [Arc<Route>],
+    /// Whose rows.
+    pub share: Share<'a>,
+}
+
+/// The part of all rows that a replica reads.
+#[derive(Debug, Clone, Copy)]
+pub struct Share<'a> {
+    /// Shards in all.
+    pub shards: u32,
+    /// Those that are read, with their epochs; by shard, ascending.
+    pub leases: &'a [Lease],
+}
+
+impl Share<'_> {
+    /// Every shard is in it.
+    pub fn is_everything(&self) -> bool {
+        self.leases.len() == self.shards as usize
+    }
+
+    /// The lease of a shard; `None` if it is not in the share.
+    pub fn lease(&self, shard: u32) -> Option<Lease> {
+        let found = self.leases.binary_search_by_key(&shard, |lease| lease.shard);
+        found.ok().map(|index| self.leases[index])
+    }
 }
 
 /// What a poll returns.
@@ -137,6 +167,8 @@ pub struct Settlement {
 pub struct Waiting {
     /// Row id.
     pub id: i64,
+    /// The lease it was read under.
+    pub lease: Lease,
     /// Attempts including this one.
     pub attempts: u32,
     /// Until it is due again.
@@ -150,6 +182,8 @@ pub struct Waiting {
 pub struct Dead {
     /// Row id.
     pub id: i64,
+    /// The lease it was read under.
+    pub lease: Lease,
     /// Attempts including the last.
     pub attempts: u32,
     /// Why, for a person.
@@ -221,6 +255,7 @@ pub trait Store: Send + Sync + 'static {
         route: &Route,
         in_flight: &[i64],
         keep_order: bool,
+        share: Share<'_>,
     ) -> impl Future<Output = Result<Option<Row>, StoreError>> + Send;
 
     /// Makes at most `rows` waiting rows of a route due; returns how many.

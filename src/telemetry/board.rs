@@ -14,6 +14,8 @@ pub enum DatabaseUser {
     Settle,
     /// Counts and purges.
     Housekeeping,
+    /// Keeps the leases.
+    Leases,
 }
 
 /// State of the database as all its users see it.
@@ -41,9 +43,9 @@ pub struct Board {
 #[derive(Debug, Default)]
 struct State {
     /// By user: not heard of, fine, or in trouble.
-    users: [Option<Result<(), String>>; 3],
+    users: [Option<Result<(), String>>; 4],
     /// Statements in a row that lost a race, by user.
-    races_lost: [u32; 3],
+    races_lost: [u32; 4],
     was_up: bool,
     shown: Option<Database>,
     census: Option<Census>,

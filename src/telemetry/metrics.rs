@@ -29,12 +29,29 @@ struct PeerLabel {
     peer: &'static str,
 }
 
+/// What became of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseChange {
+    /// Taken.
+    Gained,
+    /// Given back, drained or because the broker cannot be reached.
+    HandedOver,
+    /// Found in another's hands, or run out and taken anew.
+    Lost,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ChangeLabel {
+    change: &'static str,
+}
+
 /// Everything that is counted.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "each field is described by the help text it is registered with")]
 pub struct Metrics {
     registry: Registry,
     reconnects: Family<PeerLabel, Counter>,
+    lease_changes: Family<ChangeLabel, Counter>,
     pub delivered: Counter,
     pub returned: Counter,
     pub refused: Counter,
@@ -52,6 +69,9 @@ pub struct Metrics {
     pub in_flight: Gauge,
     pub in_flight_bytes: Gauge,
     pub owned_shards: Gauge,
+    pub replicas: Gauge,
+    pub lease_epoch: Gauge,
+    pub fenced: Counter,
     pub confirm_seconds: Histogram,
     pub end_to_end_seconds: Histogram,
     pub poll_seconds: Histogram,
@@ -68,6 +88,7 @@ impl Default for Metrics {
         let mut metrics = Self {
             registry: Registry::with_prefix("outbox_relay"),
             reconnects: Family::default(),
+            lease_changes: Family::default(),
             delivered: result("delivered"),
             returned: result("returned"),
             refused: result("refused"),
@@ -85,6 +106,9 @@ impl Default for Metrics {
             in_flight: Gauge::default(),
             in_flight_bytes: Gauge::default(),
             owned_shards: Gauge::default(),
+            replicas: Gauge::default(),
+            lease_epoch: Gauge::default(),
+            fenced: Counter::default(),
             confirm_seconds: calls(),
             end_to_end_seconds: journeys(),
             poll_seconds: calls(),
@@ -99,6 +123,11 @@ impl Metrics {
     /// A connection was made again after a loss.
     pub fn reconnected(&self, peer: Peer) {
         self.peer(peer).inc();
+    }
+
+    /// Leases have changed hands.
+    pub fn lease_changes(&self, change: LeaseChange, count: usize) {
+        self.lease_change(change).inc_by(count as u64);
     }
 
     /// The text Prometheus scrapes.
@@ -117,9 +146,21 @@ impl Metrics {
         self.reconnects.get_or_create(&PeerLabel { peer }).clone()
     }
 
+    fn lease_change(&self, change: LeaseChange) -> Counter {
+        let change = match change {
+            LeaseChange::Gained => "gained",
+            LeaseChange::HandedOver => "handed_over",
+            LeaseChange::Lost => "lost",
+        };
+        self.lease_changes.get_or_create(&ChangeLabel { change }).clone()
+    }
+
     fn register(&mut self, messages: Family<ResultLabel, Counter>) {
-        // Both series exist from the start, so that a rate over them does.
+        // All series exist from the start, so that a rate over them does.
         let _ = (self.peer(Peer::Broker), self.peer(Peer::Database));
+        for change in [LeaseChange::Gained, LeaseChange::HandedOver, LeaseChange::Lost] {
+            self.lease_changes(change, 0);
+        }
         let registry = &mut self.registry;
         registry.register(
             "messages",
@@ -176,6 +217,18 @@ impl Metrics {
             self.in_flight_bytes.clone(),
         );
         registry.register("owned_shards", "Shards this replica publishes", self.owned_shards.clone());
+        registry.register("replicas", "Replicas that live, this one included", self.replicas.clone());
+        registry.register("lease_epoch", "Highest epoch of the leases held", self.lease_epoch.clone());
+        registry.register(
+            "lease_changes",
+            "Leases of shards gained, handed over and lost",
+            self.lease_changes.clone(),
+        );
+        registry.register(
+            "fenced_messages",
+            "Rows held back at the last moment because their lease was lost or no longer trusted",
+            self.fenced.clone(),
+        );
         registry.register(
             "confirm_duration_seconds",
             "From sending a batch to the last confirm of it",

@@ -6,5 +6,5 @@ mod metrics;
 mod pulse;
 
 pub use board::{Board, Database, DatabaseUser};
-pub use metrics::{Metrics, Peer};
+pub use metrics::{LeaseChange, Metrics, Peer};
 pub use pulse::{Pulse, Pulses};

@@ -14,11 +14,14 @@ async fn killed_twenty_times_it_repeats_at_most_what_was_in_flight() {
     let world = World::new().await;
     let mut rng = rng("killed_twenty_times");
     let window = IN_FLIGHT.to_string();
-    let settings = [("OUTBOX_MAX_IN_FLIGHT", window.as_str()), ("OUTBOX_BATCH_SIZE", "100")];
+    let settings =
+        [("OUTBOX_MAX_IN_FLIGHT", window.as_str()), ("OUTBOX_BATCH_SIZE", "100"), ("OUTBOX_LEASE_TTL", "1s")];
     let mut received = Vec::new();
     for _ in 0..20 {
         world.write(2000, 40).await;
         let relay = world.process(&settings).await;
+        // The leases of the one before have to run out first.
+        relay.until_owner().await;
         tokio::time::sleep(Duration::from_millis(rng.u64(0..300))).await;
         relay.kill().await;
         // What this crash may repeat: delivered, and not marked.

@@ -5,7 +5,7 @@ use crate::support::world::{RunningRelay, resolve};
 use crate::support::{World, eventually};
 use outbox_relay::relay::Relay;
 use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Route, Row};
+use outbox_relay::store::{Lease, Route, Row};
 use outbox_relay::telemetry::Metrics;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -63,6 +63,7 @@ fn row(id: i64, bytes: usize) -> Row {
         headers: "{}".to_owned(),
         created_at_micros: 0,
         attempts: 0,
+        lease: Lease { shard: 0, epoch: 0 },
         defect: None,
     }
 }

@@ -2,14 +2,17 @@
 //! scripted one.
 
 use crate::support::World;
+use crate::support::checker::Received;
 use crate::support::scripted::ScriptedSink;
 use outbox_relay::config::Endpoint;
+use outbox_relay::ownership::{Holdings, Permit};
 use outbox_relay::sink::null::NullSink;
 use outbox_relay::sink::{Fault, Publisher, RabbitMq, Sink, SinkState};
-use outbox_relay::store::{Route, Row};
+use outbox_relay::store::{Lease, Route, Row};
 use outbox_relay::telemetry::Metrics;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
@@ -23,8 +26,14 @@ fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
         headers: "{}".to_owned(),
         created_at_micros: 0,
         attempts: 0,
+        lease: Lease { shard: 0, epoch: 0 },
         defect: None,
     }
+}
+
+/// Everything may be sent that was read under epoch 0.
+fn permit() -> Permit {
+    Permit::new(watch::channel(Holdings::everything(1)).1)
 }
 
 async fn ready(sink: &impl Sink) {
@@ -37,16 +46,27 @@ async fn ready(sink: &impl Sink) {
 async fn keeps_the_contract(sink: impl Sink, exchange: &str) {
     ready(&sink).await;
     let mut publisher = sink.publisher();
-    assert!(publisher.publish(&[], &CancellationToken::new()).await.is_empty());
+    assert!(publisher.publish(&[], &permit(), &CancellationToken::new()).await.is_empty());
     let batch: Vec<Row> = (0..500).map(|id| row(id, exchange, "ok.1")).collect();
-    let verdicts = publisher.publish(&batch, &CancellationToken::new()).await;
+    let verdicts = publisher.publish(&batch, &permit(), &CancellationToken::new()).await;
     assert_eq!(verdicts.len(), batch.len(), "one verdict per row");
     assert!(verdicts.iter().all(Result::is_ok), "{:?}", verdicts.iter().find(|verdict| verdict.is_err()));
+    // Rows of a lease that is not held stay here, the others of their batch go.
+    let mut mixed: Vec<Row> = (0..100).map(|id| row(id, exchange, "ok.3")).collect();
+    mixed.iter_mut().filter(|row| row.id % 3 == 0).for_each(|row| row.lease.epoch = 1);
+    for (row, verdict) in
+        mixed.iter().zip(publisher.publish(&mixed, &permit(), &CancellationToken::new()).await)
+    {
+        match verdict {
+            Ok(()) => assert_ne!(row.id % 3, 0, "row {} was sent without a lease", row.id),
+            Err(refusal) => assert_eq!((refusal.fault, row.id % 3), (Fault::Fenced, 0)),
+        }
+    }
     // Several publishers at once do not mix up their answers.
     let publishers = (0..4).map(|number| {
         let mut publisher = sink.publisher();
         let batch: Vec<Row> = (0..200).map(|id| row(1000 * number + id, exchange, "ok.2")).collect();
-        async move { publisher.publish(&batch, &CancellationToken::new()).await }
+        async move { publisher.publish(&batch, &permit(), &CancellationToken::new()).await }
     });
     for verdicts in futures_util::future::join_all(publishers).await {
         assert!(verdicts.len() == 200 && verdicts.iter().all(Result::is_ok));
@@ -73,8 +93,11 @@ async fn the_scripted_sink_keeps_the_contract() {
 async fn rabbitmq_keeps_the_contract() {
     let world = World::new().await;
     keeps_the_contract(rabbitmq(&world), &world.name).await;
+    let messages = world.take_messages().await;
+    let unheld = |message: &Received| message.routing_key == "ok.3" && message.id % 3 == 0;
+    assert!(!messages.iter().any(unheld), "a row without a lease reached the broker");
     // In the order of the batch, and all of it.
-    let ids: Vec<i64> = world.take_messages().await.iter().map(|message| message.id).take(500).collect();
+    let ids: Vec<i64> = messages.iter().map(|message| message.id).take(500).collect();
     assert_eq!(ids, (0..500).collect::<Vec<_>>());
     world.abandon();
 }
@@ -91,7 +114,9 @@ async fn ok_means_routed_for_each_row_by_itself() {
         let batch: Vec<Row> = (0..rng.i64(1..300))
             .map(|id| row(1000 * round + id, &world.name, if rng.u8(0..3) == 0 { "lost" } else { "ok.1" }))
             .collect();
-        for (row, verdict) in batch.iter().zip(publisher.publish(&batch, &CancellationToken::new()).await) {
+        for (row, verdict) in
+            batch.iter().zip(publisher.publish(&batch, &permit(), &CancellationToken::new()).await)
+        {
             let fault = verdict.err().map(|refusal| refusal.fault);
             let expected = (row.route.routing_key == "lost").then_some(Fault::Unroutable);
             assert_eq!(fault, expected, "row {} to {}", row.id, row.route.routing_key);
@@ -110,7 +135,9 @@ async fn a_missing_exchange_refuses_its_own_rows_only() {
     let mut publisher = sink.publisher();
     let batch: Vec<Row> =
         (0..50).map(|id| row(id, if id % 2 == 0 { &world.name } else { "missing" }, "ok.1")).collect();
-    for (row, verdict) in batch.iter().zip(publisher.publish(&batch, &CancellationToken::new()).await) {
+    for (row, verdict) in
+        batch.iter().zip(publisher.publish(&batch, &permit(), &CancellationToken::new()).await)
+    {
         match verdict {
             Ok(()) => assert_eq!(row.id % 2, 0),
             Err(refusal) => {
@@ -126,7 +153,7 @@ async fn a_missing_exchange_refuses_its_own_rows_only() {
 async fn an_unreachable_broker_is_an_outage_and_no_refusal() {
     let endpoint = Endpoint::Text("amqp://nobody:secret@127.0.0.1:1/%2f".to_owned().into());
     let sink = RabbitMq::connect(endpoint, Duration::from_secs(1), Arc::new(Metrics::default()));
-    let verdicts = sink.publisher().publish(&[row(1, "", "q")], &CancellationToken::new()).await;
+    let verdicts = sink.publisher().publish(&[row(1, "", "q")], &permit(), &CancellationToken::new()).await;
     assert!(matches!(&verdicts[..], [Err(refusal)] if refusal.fault == Fault::Outage), "{verdicts:?}");
     assert!(!sink.state().borrow().is_ready());
     sink.close().await;

@@ -2,16 +2,20 @@
 
 use crate::support::World;
 use crate::support::world::resolve;
+use outbox_relay::store::leases::{LeaseTable, Member};
 use outbox_relay::store::memory::MemoryStore;
 use outbox_relay::store::postgres::Connector;
-use outbox_relay::store::{Ask, Bite, Dead, PostgresStore, Route, Row, Settlement, Store, Waiting};
+use outbox_relay::store::{
+    Ask, Bite, Dead, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
+};
 use sqlx::Executor;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// A store and a way to commit rows into it.
 trait Subject {
-    type Store: Store;
+    type Store: Store + LeaseTable;
     fn store(&self) -> &Self::Store;
     async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize);
 }
@@ -36,6 +40,7 @@ impl Subject for InMemory {
             headers: "{}".to_owned(),
             created_at_micros: 0,
             attempts: 0,
+            lease: Lease { shard: 0, epoch: 0 },
             defect: None,
         });
     }
@@ -80,6 +85,10 @@ impl Subject for InPostgres {
 
 const ALL: [(i64, i64); 1] = [(i64::MIN, i64::MAX)];
 
+/// One shard, so that everything belongs to it; taken once, so its epoch is 1.
+const LEASE: Lease = Lease { shard: 0, epoch: 1 };
+const ALL_SHARDS: Share<'static> = Share { shards: 1, leases: &[LEASE] };
+
 fn ask(rows: usize) -> Ask<'static> {
     Ask {
         ranges: &ALL,
@@ -89,6 +98,7 @@ fn ask(rows: usize) -> Ask<'static> {
         in_flight: &[],
         keep_order: true,
         parked: &[],
+        share: ALL_SHARDS,
     }
 }
 
@@ -97,16 +107,25 @@ async fn ids(store: &impl Store, ask: Ask<'_>) -> Vec<i64> {
 }
 
 fn waiting(id: i64, wait: Duration) -> Settlement {
-    let waiting = Waiting { id, attempts: 1, wait, reason: "refused \0 for a test".to_owned() };
+    let waiting = Waiting { id, lease: LEASE, attempts: 1, wait, reason: "refused \0 for a test".to_owned() };
     Settlement { waiting: vec![waiting], ..Settlement::default() }
 }
 
 async fn keeps_the_contract(subject: &impl Subject) {
+    let me = Member {
+        replica: uuid::Uuid::from_u128(1),
+        shards: 1,
+        ready: true,
+        lease_time: Duration::from_secs(600),
+    };
+    assert_eq!(subject.store().renew(me, &[]).await.expect("renew").leases, [LEASE]);
     polls_what_it_is_asked_for(subject).await;
     a_refused_row_holds_back_its_key(subject).await;
     parks_probes_and_releases(subject).await;
     settles_all_kinds_and_twice(subject).await;
     counts_and_purges(subject).await;
+    reads_only_its_share(subject).await;
+    refusals_need_the_lease_and_deliveries_do_not(subject).await;
 }
 
 async fn polls_what_it_is_asked_for(subject: &impl Subject) {
@@ -181,12 +200,12 @@ async fn parks_probes_and_releases(subject: &impl Subject) {
     );
     store.settle(&waiting(41, Duration::from_secs(60))).await.expect("settle");
     store.settle(&waiting(45, Duration::from_secs(60))).await.expect("settle");
-    let probe = store.probe(&route, &[], true).await.expect("probe");
+    let probe = store.probe(&route, &[], true, ALL_SHARDS).await.expect("probe");
     assert_eq!(probe.map(|row| row.id), Some(41), "due or not");
-    let probe = store.probe(&route, &[41], true).await.expect("probe");
+    let probe = store.probe(&route, &[41], true, ALL_SHARDS).await.expect("probe");
     assert_eq!(probe.map(|row| row.id), Some(45));
     let other = Route { exchange: "y".to_owned(), routing_key: "parked".to_owned() };
-    assert!(store.probe(&other, &[], true).await.expect("probe").is_none());
+    assert!(store.probe(&other, &[], true, ALL_SHARDS).await.expect("probe").is_none());
     assert_eq!(store.release(&route, 1).await.expect("release"), 1);
     assert_eq!(store.release(&route, 100).await.expect("release"), 1);
     assert_eq!(store.release(&route, 100).await.expect("release"), 0);
@@ -204,7 +223,7 @@ async fn settles_all_kinds_and_twice(subject: &impl Subject) {
     }
     let mut settlement = waiting(52, Duration::from_secs(60));
     settlement.delivered = vec![51];
-    settlement.dead = vec![Dead { id: 53, attempts: 1, reason: "never".to_owned() }];
+    settlement.dead = vec![Dead { id: 53, lease: LEASE, attempts: 1, reason: "never".to_owned() }];
     for _ in 0..2 {
         store.settle(&settlement).await.expect("settle");
         let census = store.census().await.expect("census");
@@ -237,6 +256,50 @@ async fn counts_and_purges(subject: &impl Subject) {
     assert_eq!(purged, 20 + 5 + 5 + 1, "all that was delivered, nothing else");
     let census = store.census().await.expect("census");
     assert_eq!((census.pending, census.dead), (1, 1));
+}
+
+async fn reads_only_its_share(subject: &impl Subject) {
+    let store = subject.store();
+    for id in 101..=200 {
+        let key = format!("key {}", id % 30);
+        subject.insert(id, (id % 2 == 0).then_some(key.as_str()), "r", 10).await;
+    }
+    let (mut found, mut shard_of_key) = (Vec::new(), HashMap::new());
+    for shard in 0..4 {
+        let leases = [Lease { shard, epoch: 7 }];
+        let share = Share { shards: 4, leases: &leases };
+        let rows = store.poll(Ask { share, ..ask(1000) }).await.expect("poll").rows;
+        for row in rows {
+            assert_eq!(row.lease, leases[0], "a row carries its lease");
+            if let Some(key) = row.ordering_key {
+                assert_eq!(*shard_of_key.entry(key).or_insert(shard), shard, "a key has one shard");
+            }
+            found.push(row.id);
+        }
+    }
+    found.retain(|id| *id > 100);
+    found.sort_unstable();
+    assert_eq!(found, (101..=200).collect::<Vec<_>>(), "every row is in one shard");
+    let shards: HashSet<u32> = shard_of_key.values().copied().collect();
+    assert!(shards.len() > 1, "keys are spread");
+    store.settle(&Settlement { delivered: found, ..Settlement::default() }).await.expect("settle");
+}
+
+async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
+    let store = subject.store();
+    for id in 301..=303 {
+        subject.insert(id, None, "r", 10).await;
+    }
+    let late = Lease { epoch: LEASE.epoch - 1, ..LEASE };
+    let mut settlement = waiting(301, Duration::from_secs(60));
+    settlement.waiting[0].lease = late;
+    settlement.dead = vec![Dead { id: 302, lease: late, attempts: 1, reason: "late".to_owned() }];
+    settlement.delivered = vec![303];
+    store.settle(&settlement).await.expect("settle");
+    let rows = store.poll(ask(100)).await.expect("poll").rows;
+    let left: Vec<(i64, u32)> =
+        rows.iter().map(|row| (row.id, row.attempts)).filter(|(id, _)| *id > 300).collect();
+    assert_eq!(left, [(301, 0), (302, 0)], "an earlier owner changes nothing but what is true");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@ use crate::support::{World, eventually, rng};
 use outbox_relay::relay::Relay;
 use outbox_relay::sink::{Fault, Refusal, SinkState};
 use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Route, Row, StoreError, Trouble};
+use outbox_relay::store::{Lease, Route, Row, StoreError, Trouble};
 use outbox_relay::telemetry::Metrics;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -139,6 +139,7 @@ fn row(id: i64, key: Option<String>) -> Row {
         headers: "{}".to_owned(),
         created_at_micros: 0,
         attempts: 0,
+        lease: Lease { shard: 0, epoch: 0 },
         defect: None,
     }
 }

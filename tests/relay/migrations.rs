@@ -7,14 +7,14 @@ use crate::support::world::Allowed;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processes_that_migrate_at_once_do_no_harm() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_migrations").await;
+    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
     let env = world.pairs(&[]);
     let (env, all) = (&env, 0..6);
     let runs = all.map(|_| run(&["migrate"], env));
     for (code, out, err) in futures_util::future::join_all(runs).await {
         assert_eq!((code, out.as_str()), (0, "table outbox is up to date\n"), "{err}");
     }
-    assert_eq!(world.number("select count(*) from outbox_migrations").await, 1);
+    assert_eq!(world.number("select count(*) from outbox_migrations").await, 2);
     assert_eq!(world.number("select count(*) from pg_tables where tablename like '\\_sqlx%'").await, 0);
     world.abandon();
 }
@@ -22,7 +22,7 @@ async fn processes_that_migrate_at_once_do_no_harm() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_print_shows_can_be_run_by_hand_and_again_by_the_relay() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_migrations").await;
+    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
     let (code, sql, err) = run(&["migrate", "--print"], &world.pairs(&[])).await;
     assert_eq!(code, 0, "{err}");
     world.sql(&sql).await;
@@ -37,7 +37,7 @@ async fn what_print_shows_can_be_run_by_hand_and_again_by_the_relay() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn run_migrates_when_it_is_told_to() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_migrations").await;
+    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
     let relay = world.relay(&[("OUTBOX_MIGRATE", "true")]).await;
     relay.ready().await;
     world.migrate("outbox").await;

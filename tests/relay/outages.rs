@@ -218,7 +218,7 @@ async fn a_rotated_password_is_taken_up() {
     let world = World::new().await;
     let role = format!("{}_role", world.name);
     world.superuser(&format!("create role {role} login password 'first'")).await;
-    world.sql(&format!("grant select, update, delete on outbox to {role}")).await;
+    world.grant(&role).await;
     let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.url", fastrand::u64(..)));
     let write = |password: &str| {
         let mut url = url::Url::parse(&world.database_url).expect("URL");
@@ -306,7 +306,7 @@ async fn a_silent_route_holds_up_nobody_else() {
     use crate::support::world::{RunningRelay, resolve};
     use outbox_relay::sink::{Fault, Refusal};
     use outbox_relay::store::memory::MemoryStore;
-    use outbox_relay::store::{Route, Row};
+    use outbox_relay::store::{Lease, Route, Row};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
@@ -323,6 +323,7 @@ async fn a_silent_route_holds_up_nobody_else() {
             headers: "{}".to_owned(),
             created_at_micros: 0,
             attempts: 0,
+            lease: Lease { shard: 0, epoch: 0 },
             defect: None,
         });
     }

@@ -8,7 +8,7 @@ async fn no_password_and_no_payload_in_logs_at_trace_level() {
     let world = World::new().await;
     let role = format!("{}_role", world.name);
     world.superuser(&format!("create role {role} login password 'swordfish-db'")).await;
-    world.sql(&format!("grant select, update, delete on outbox to {role}")).await;
+    world.grant(&role).await;
     let mut database = url::Url::parse(&world.database_url).expect("URL");
     database.set_username(&role).and_then(|()| database.set_password(Some("swordfish-db"))).expect("URL");
     let mut broker = url::Url::parse(&world.servers().amqp_url).expect("URL");

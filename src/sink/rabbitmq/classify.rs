@@ -18,7 +18,10 @@ pub fn is_configuration(error: &Error) -> bool {
         // 403 login refused, 530 vhost missing or not allowed.
         ErrorKind::ProtocolError(_) => matches!(reply_code(error), Some(403 | 530)),
         ErrorKind::AuthProviderError(_) | ErrorKind::InvalidProtocolVersion(_) => true,
-        ErrorKind::IOError(io) => io.to_string().contains("certificate"),
+        // TLS: its errors come as invalid data, those of the system's certificate store in plain words.
+        ErrorKind::IOError(io) => {
+            io.kind() == std::io::ErrorKind::InvalidData || io.to_string().contains("certificate")
+        }
         _ => false,
     }
 }

@@ -5,8 +5,10 @@
 //! hang for ever on a silent peer.
 
 use super::classify::{is_configuration, sentence};
+use super::tls;
 use crate::config::{
-    Endpoint,
+    Broker,
+    broker::TlsFiles,
     endpoint::{redact, urls},
 };
 use crate::retry::{CONFIGURATION_BACKOFF, OUTAGE_BACKOFF};
@@ -14,7 +16,7 @@ use crate::sink::SinkState;
 use crate::telemetry::{Metrics, Peer};
 use futures_util::StreamExt;
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties, Event};
+use lapin::{Connection, ConnectionProperties, Event, runtime::default_runtime};
 use secrecy::{ExposeSecret, SecretString};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,7 +38,7 @@ type Connected = Option<Arc<Connection>>;
 
 /// The task that owns the connection.
 pub(super) struct Link {
-    endpoint: Endpoint,
+    broker: Broker,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
     state: watch::Sender<SinkState>,
@@ -51,7 +53,7 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn new(
-        endpoint: Endpoint,
+        broker: Broker,
         metrics: Arc<Metrics>,
         stop: CancellationToken,
     ) -> (Self, watch::Receiver<SinkState>, watch::Receiver<Connected>) {
@@ -59,7 +61,7 @@ impl Link {
         let (state, state_seen) = watch::channel(SinkState::Away { configuration: false, reason });
         let (connection, connection_seen) = watch::channel(None);
         (
-            Self { endpoint, metrics, stop, state, connection, turn: 0, turns_up: 0, suspicious: false },
+            Self { broker, metrics, stop, state, connection, turn: 0, turns_up: 0, suspicious: false },
             state_seen,
             connection_seen,
         )
@@ -82,7 +84,7 @@ impl Link {
                 self.metrics.reconnected(Peer::Broker);
             }
             self.turns_up += 1;
-            tracing::info!(server = %self.endpoint.describe(), "connected to the broker");
+            tracing::info!(server = %self.broker.endpoint.describe(), "connected to the broker");
             self.connection.send_replace(Some(Arc::clone(&connection)));
             self.state.send_replace(SinkState::Ready);
             let reason = self.watch(&connection).await;
@@ -119,7 +121,7 @@ impl Link {
 
     async fn connect_once(&mut self) -> Result<Connection, SinkState> {
         let away = |reason| SinkState::Away { configuration: true, reason };
-        let secret = self.endpoint.read().map_err(away)?;
+        let secret = self.broker.endpoint.read().map_err(away)?;
         let urls = urls(&secret);
         let url = SecretString::from(urls[self.turn % urls.len()].to_owned());
         self.turn = self.turn.wrapping_add(1);
@@ -127,7 +129,7 @@ impl Link {
             knock(&url).await?;
         }
         let begun = Instant::now();
-        let result = connect(&url).await;
+        let result = connect(&url, &self.broker.tls).await;
         self.suspicious = result.is_err() && begun.elapsed() >= CONNECT_LIMIT;
         result
     }
@@ -191,15 +193,18 @@ impl Drop for Link {
 }
 
 /// One connection to one address, or why there is none.
-pub(super) async fn connect(url: &SecretString) -> Result<Connection, SinkState> {
+pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<Connection, SinkState> {
     let server = redact(url);
     let away = |configuration, reason: String| SinkState::Away {
         configuration,
         reason: format!("cannot connect to the broker at {server}: {reason}"),
     };
     let uri = address(url).map_err(|reason| away(true, reason))?;
+    let tls = tls::config(tls).map_err(|reason| away(true, reason))?;
     let properties = ConnectionProperties::default().with_connection_name("outbox-relay".into());
-    match tokio::time::timeout(CONNECT_LIMIT, Connection::connect_uri(uri, properties)).await {
+    let runtime = default_runtime().map_err(|error| away(false, error.to_string()))?;
+    let connecting = Connection::connect_uri_with_config(uri, properties, tls, runtime);
+    match tokio::time::timeout(CONNECT_LIMIT, connecting).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(away(is_configuration(&error), sentence(&error))),
         Err(_) => {

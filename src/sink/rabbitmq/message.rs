@@ -3,6 +3,7 @@
 //! What the protocol cannot carry is refused here, before any contact with the broker: lapin
 //! panics on names over 255 bytes and wedges the connection on headers larger than a frame.
 
+use crate::mutants::mutant;
 use crate::store::Row;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, ShortString};
@@ -43,8 +44,12 @@ pub fn compose(row: &Row, frame_max: usize) -> Result<Message, String> {
     if size > frame_max {
         return Err(format!("headers take {size} bytes, more than the broker's frame of {frame_max}"));
     }
+    let message_id = match mutant!("new-message-id-on-retry") && row.attempts > 0 {
+        true => uuid::Uuid::new_v4(),
+        false => row.message_id,
+    };
     let mut properties = BasicProperties::default()
-        .with_message_id(row.message_id.to_string().into())
+        .with_message_id(message_id.to_string().into())
         .with_delivery_mode(PERSISTENT)
         .with_content_type(content_type)
         .with_headers(headers);
@@ -154,7 +159,7 @@ fn excerpt(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Route;
+    use crate::store::{Lease, Route};
     use std::sync::Arc;
 
     fn row(headers: &str) -> Row {
@@ -168,6 +173,7 @@ mod tests {
             headers: headers.to_owned(),
             created_at_micros: 1_700_000_000_000_000,
             attempts: 0,
+            lease: Lease { shard: 0, epoch: 0 },
             defect: None,
         }
     }

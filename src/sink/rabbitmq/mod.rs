@@ -1,6 +1,7 @@
 //! RabbitMQ over AMQP 0-9-1, with publisher confirms and `mandatory` always.
 //!
 //! - `link`: the connection: kept up, watched, announced.
+//! - `tls`: certificates for it.
 //! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
 //! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
 //! - `message`: a row as an AMQP message.
@@ -13,11 +14,12 @@ mod link;
 pub mod message;
 pub mod preflight;
 mod publisher;
+mod tls;
 
 pub use publisher::RabbitPublisher;
 
 use super::{Sink, SinkState};
-use crate::config::Endpoint;
+use crate::config::Broker;
 use crate::telemetry::Metrics;
 use link::Link;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,9 +40,9 @@ pub struct RabbitMq {
 
 impl RabbitMq {
     /// Begins to connect in the background, and goes on for as long as it takes.
-    pub fn connect(endpoint: Endpoint, confirm_timeout: Duration, metrics: Arc<Metrics>) -> Self {
+    pub fn connect(broker: impl Into<Broker>, confirm_timeout: Duration, metrics: Arc<Metrics>) -> Self {
         let stop = CancellationToken::new();
-        let (link, state, connection) = Link::new(endpoint, metrics, stop.clone());
+        let (link, state, connection) = Link::new(broker.into(), metrics, stop.clone());
         let link = Mutex::new(Some(tokio::spawn(link.run())));
         Self { confirm_timeout, state, connection, stop, link }
     }

@@ -17,20 +17,21 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Looks at each address of the broker.
 pub async fn check(settings: &Settings) -> Vec<Finding> {
-    let urls = match settings.amqp.read() {
+    let urls = match settings.amqp.endpoint.read() {
         Ok(urls) => urls,
         Err(problem) => return vec![Finding::new("broker connection and login", Err(problem))],
     };
     let mut findings = Vec::new();
     for url in endpoint::urls(&urls) {
-        findings.extend(check_one(&SecretString::from(url.to_owned()), &settings.exchange).await);
+        findings.extend(check_one(&SecretString::from(url.to_owned()), settings).await);
     }
     findings
 }
 
-async fn check_one(url: &SecretString, exchange: &str) -> Vec<Finding> {
+async fn check_one(url: &SecretString, settings: &Settings) -> Vec<Finding> {
+    let exchange = settings.exchange.as_str();
     let connected = "broker connection and login";
-    let connection = match connect(url).await {
+    let connection = match connect(url, &settings.amqp.tls).await {
         Ok(connection) => connection,
         Err(SinkState::Away { reason, .. } | SinkState::Blocked { reason }) => {
             let remedy = "check AMQP_URL, that the server runs, the login and the vhost";

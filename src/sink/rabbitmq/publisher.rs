@@ -9,6 +9,8 @@
 use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_limit};
 use super::exchanges::{Access, Exchanges};
 use super::message::{ID_HEADER, Message, compose};
+use crate::mutants::mutant;
+use crate::ownership::Permit;
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::Row;
 use futures_util::stream::FuturesUnordered;
@@ -59,6 +61,7 @@ enum Answer {
     Ack,
     Nack,
     Error(lapin::Error),
+    NotSent(Refusal),
     Lost,
     Silence,
 }
@@ -70,6 +73,7 @@ struct Round<'a> {
     messages: &'a [(usize, Message)],
     /// Which of the messages.
     positions: &'a [usize],
+    permit: &'a Permit,
 }
 
 impl<'a> Round<'a> {
@@ -90,7 +94,14 @@ struct Answers {
 }
 
 impl Answers {
-    fn take(&mut self, slot: usize, answer: lapin::Result<Confirmation>) {
+    fn take(&mut self, slot: usize, answer: Result<lapin::Result<Confirmation>, Refusal>) {
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(refusal) => {
+                self.by_slot[slot] = Some(Answer::NotSent(refusal));
+                return;
+            }
+        };
         let (answer, message) = match answer {
             Ok(Confirmation::Ack(message)) => (Answer::Ack, message),
             Ok(Confirmation::Nack(message)) => (Answer::Nack, message),
@@ -243,13 +254,16 @@ impl RabbitPublisher {
         for ((index, row, message), answer) in round.items().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
             let verdict = match answer.unwrap_or(none) {
-                _ if returned.contains_key(&row.id) => Err(unroutable(row, &returned[&row.id])),
+                _ if returned.contains_key(&row.id) && !mutant!("ignore-returns") => {
+                    Err(unroutable(row, &returned[&row.id]))
+                }
                 Answer::Ack if broken && !returned.is_empty() => {
                     let reason = "confirmed, but the channel broke before all returns were seen";
                     Err(Refusal::new(Fault::Unknown, reason))
                 }
                 Answer::Ack => Ok(()),
                 Answer::Nack => Err(refused_by_queue(row)),
+                Answer::NotSent(refusal) => Err(refusal),
                 Answer::Error(error) => Err(self.learn(&error, message, row, round.positions.len() == 1)),
                 Answer::Lost => Err(Refusal::new(Fault::Unknown, "the channel was lost before the confirm")),
                 Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
@@ -280,7 +294,14 @@ impl RabbitPublisher {
                 &row.payload,
                 message.properties.clone(),
             );
-            confirms.push(async move { (slot, async { publish.await?.await }.await) });
+            let permit = round.permit;
+            confirms.push(async move {
+                // Here, at the first poll, and nowhere earlier: what comes next hands the frames over.
+                if let Err(refusal) = permit.check(row) {
+                    return (slot, Err(refusal));
+                }
+                (slot, Ok(async { publish.await?.await }.await))
+            });
         }
         let mut look = tokio::time::interval(LOOK);
         // After the process was frozen one look is made up for, not all: the answers may be there already.
@@ -331,7 +352,7 @@ impl RabbitPublisher {
 }
 
 impl Publisher for RabbitPublisher {
-    async fn publish(&mut self, batch: &[Row], give_up: &CancellationToken) -> Vec<Verdict> {
+    async fn publish(&mut self, batch: &[Row], permit: &Permit, give_up: &CancellationToken) -> Vec<Verdict> {
         let mut verdicts: Vec<Option<Verdict>> = batch.iter().map(|_| None).collect();
         let open = match self.open().await {
             Ok(open) => open,
@@ -355,7 +376,7 @@ impl Publisher for RabbitPublisher {
         for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
             // A round after one that broke the channel is left for the next batch.
             if open.channel.status().connected() {
-                let round = Round { batch, messages: &messages, positions };
+                let round = Round { batch, messages: &messages, positions, permit };
                 self.send(&open, &round, &mut verdicts, give_up).await;
             }
         }

@@ -3,7 +3,7 @@
 //! A row is taken only while the budget of bytes has room; the rest of the answer is given up together with
 //! its connection, so memory is bounded by the budget and one row, and no snapshot is held on the server.
 
-use crate::store::{Ask, Read, Route, Row};
+use crate::store::{Ask, Lease, Read, Route, Row, Share};
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
 use sqlx::postgres::{PgRow, PgValue, PgValueRef};
@@ -24,7 +24,7 @@ pub(super) async fn read(
     let mut read = Read::default();
     let mut bytes = 0;
     while let Some(raw) = answer.try_next().await? {
-        let row = row(&raw, default_exchange)?;
+        let row = row(&raw, ask.share, default_exchange)?;
         bytes += row.bytes();
         let first_of_all = ask.room_for_any && read.rows.is_empty();
         if bytes > ask.bytes && !first_of_all {
@@ -38,7 +38,7 @@ pub(super) async fn read(
 }
 
 /// One row, columns in the order of `sql/columns.sql`.
-pub(super) fn row(raw: &PgRow, default_exchange: &Arc<str>) -> Result<Row, sqlx::Error> {
+pub(super) fn row(raw: &PgRow, share: Share<'_>, default_exchange: &Arc<str>) -> Result<Row, sqlx::Error> {
     let mut defects = Vec::new();
     let exchange = text(raw, 2, &mut defects)?.unwrap_or_else(|| default_exchange.to_string());
     let routing_key = required(raw, 3, &mut defects)?;
@@ -52,8 +52,15 @@ pub(super) fn row(raw: &PgRow, default_exchange: &Arc<str>) -> Result<Row, sqlx:
         headers: required(raw, 7, &mut defects)?,
         created_at_micros: integer(raw, 8)?.saturating_add(EPOCH_MICROS),
         attempts: u32::try_from(integer(raw, 9)?).unwrap_or(0),
+        lease: lease(raw, share)?,
         defect: (!defects.is_empty()).then(|| defects.join("; ")),
     })
+}
+
+/// A row of a shard that was not asked for is a defect of the statement, and gets an epoch that nobody holds.
+fn lease(raw: &PgRow, share: Share<'_>) -> Result<Lease, sqlx::Error> {
+    let shard = integer(raw, 10)? as u32;
+    Ok(share.lease(shard).unwrap_or(Lease { shard, epoch: -1 }))
 }
 
 fn required(raw: &PgRow, column: usize, defects: &mut Vec<String>) -> Result<String, sqlx::Error> {

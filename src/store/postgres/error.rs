@@ -17,6 +17,10 @@ pub(super) fn classify(error: &sqlx::Error) -> StoreError {
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {
             (Trouble::Configuration, format!("the outbox table has an unexpected column: {error}"))
         }
+        // The handshake itself fails this way.
+        sqlx::Error::Io(cause) if cause.kind() == std::io::ErrorKind::InvalidData => {
+            (Trouble::Configuration, format!("TLS failed: {}", first_line(&cause.to_string())))
+        }
         sqlx::Error::Io(cause) => (Trouble::Outage, cause.to_string()),
         other => (Trouble::Outage, first_line(&other.to_string())),
     };

@@ -13,8 +13,10 @@ use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
 use std::time::Duration;
 
 /// Every migration: version, description, text.
-const MIGRATIONS: [(i64, &str, &str); 1] =
-    [(1, "outbox", include_str!("../../../migrations/0001_outbox.sql"))];
+const MIGRATIONS: [(i64, &str, &str); 2] = [
+    (1, "outbox", include_str!("../../../migrations/0001_outbox.sql")),
+    (2, "leases", include_str!("../../../migrations/0002_leases.sql")),
+];
 
 /// Locks are waited for this long at most, so that a migration never queues the application
 /// behind itself.
@@ -75,11 +77,17 @@ fn explain(error: &sqlx::migrate::MigrateError, table: &TableName) -> StoreError
 }
 
 fn render(text: &str, table: &TableName) -> String {
-    let mut rendered = text.replace("{outbox}", &table.quoted());
-    while let Some(start) = rendered.find("{index:") {
-        let Some(length) = rendered[start..].find('}') else { break };
-        let suffix = rendered[start + "{index:".len()..start + length].to_owned();
-        rendered.replace_range(start..=start + length, &table.index(&suffix));
+    let text = text.replace("{outbox}", &table.quoted());
+    let text = fill(text, "{outbox:", |suffix| table.with_suffix(suffix));
+    fill(text, "{index:", |suffix| table.index(suffix))
+}
+
+/// Puts a name in place of every `{kind:_suffix}`.
+fn fill(mut text: String, opening: &str, name: impl Fn(&str) -> String) -> String {
+    while let Some(start) = text.find(opening) {
+        let Some(length) = text[start..].find('}') else { break };
+        let filled = name(&text[start + opening.len()..start + length]);
+        text.replace_range(start..=start + length, &filled);
     }
-    rendered
+    text
 }

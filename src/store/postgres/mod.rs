@@ -1,12 +1,13 @@
 //! The Postgres store: every statement lives in `store/sql/`, one file each, and is run here by the
 //! function of the same name.
 //!
-//! Four connections, one for each kind of work, so that a slow count never delays a mark. A
+//! Five connections, one for each kind of work, so that a slow count never delays a mark or a lease. A
 //! connection that failed is dropped and opened again by the next call; no session state is
 //! needed, so a pooler in transaction mode works (`OUTBOX_TRANSACTION_POOLING`).
 
 mod decode;
 mod error;
+mod leases;
 pub mod migrate;
 pub mod preflight;
 pub mod schema;
@@ -15,7 +16,7 @@ mod statements;
 
 pub use session::Connector;
 
-use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Store, StoreError};
+use super::{Ask, Bite, Census, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError};
 use crate::config::Settings;
 use session::{Lane, Session, TableAccess, Unit};
 use sqlx::Row as _;
@@ -33,6 +34,7 @@ pub struct PostgresStore {
     settling: Lane,
     counting: Lane,
     purging: Lane,
+    leasing: Lane,
 }
 
 impl PostgresStore {
@@ -46,7 +48,8 @@ impl PostgresStore {
             reading: Lane::new(Arc::clone(&table)),
             settling: Lane::new(Arc::clone(&table)),
             counting: Lane::new(Arc::clone(&table)),
-            purging: Lane::new(table),
+            purging: Lane::new(Arc::clone(&table)),
+            leasing: Lane::new(table),
         }
     }
 
@@ -61,6 +64,8 @@ impl PostgresStore {
             .bind(ask.rows as i64)
             .bind(ask.in_flight)
             .bind(ask.keep_order)
+            .bind(ask.share.shards as i32)
+            .bind(shards_of(ask.share))
             .bind(exchanges)
             .bind(keys)
             .bind(&*self.default_exchange);
@@ -103,7 +108,9 @@ impl PostgresStore {
             .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.wait.as_secs_f64() * 1000.0).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>());
+            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>());
         query.execute(session.connection()).await.map(drop)
     }
 
@@ -113,7 +120,9 @@ impl PostgresStore {
             .query(&self.statements.mark_dead)
             .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>());
+            .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>());
         query.execute(session.connection()).await.map(drop)
     }
 
@@ -123,6 +132,7 @@ impl PostgresStore {
         route: &Route,
         in_flight: &[i64],
         keep_order: bool,
+        share: Share<'_>,
     ) -> Result<Option<Row>, sqlx::Error> {
         let query = session
             .query(&self.statements.probe)
@@ -130,9 +140,11 @@ impl PostgresStore {
             .bind(&route.routing_key)
             .bind(&*self.default_exchange)
             .bind(in_flight)
-            .bind(keep_order);
+            .bind(keep_order)
+            .bind(share.shards as i32)
+            .bind(shards_of(share));
         let row = query.fetch_optional(session.connection()).await?;
-        row.map(|row| decode::row(&row, &self.default_exchange)).transpose()
+        row.map(|row| decode::row(&row, share, &self.default_exchange)).transpose()
     }
 
     async fn run_release(
@@ -213,8 +225,10 @@ impl Store for PostgresStore {
         route: &Route,
         in_flight: &[i64],
         keep_order: bool,
+        share: Share<'_>,
     ) -> Result<Option<Row>, StoreError> {
-        let probe = async |session: &mut Session| self.run_probe(session, route, in_flight, keep_order).await;
+        let probe =
+            async |session: &mut Session| self.run_probe(session, route, in_flight, keep_order, share).await;
         self.reading.call(Unit::Statement, probe).await
     }
 
@@ -254,6 +268,12 @@ impl Store for PostgresStore {
 
 fn attempts(count: u32) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+/// The shards to read; null for all, which costs the statement nothing.
+fn shards_of(share: Share<'_>) -> Option<Vec<i32>> {
+    let shard = |lease: &Lease| lease.shard as i32;
+    (!share.is_everything()).then(|| share.leases.iter().map(shard).collect())
 }
 
 /// Postgres stores no NUL in a text.

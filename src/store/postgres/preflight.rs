@@ -1,8 +1,8 @@
 //! What `check` looks at in the database.
 
 use super::error::classify;
-use super::schema::Shape;
-use super::session::{Connector, within};
+use super::schema::{LEASE, REPLICA, Shape};
+use super::session::{CALL_LIMIT, Connector, within};
 use crate::config::{Settings, TableName};
 use crate::preflight::Finding;
 use crate::store::StoreError;
@@ -21,7 +21,7 @@ pub async fn check(settings: &Settings) -> Vec<Finding> {
         }
     };
     let mut findings = vec![Finding::new(connected, Ok(()))];
-    match within(table(&mut connection, &settings.table)).await {
+    match within(CALL_LIMIT, table(&mut connection, &settings.table)).await {
         Ok(more) => findings.extend(more),
         Err(error) => findings.push(Finding::new(format!("table {}", settings.table), Err(error.sentence))),
     }
@@ -41,7 +41,7 @@ async fn table(connection: &mut PgConnection, table: &TableName) -> Result<Vec<F
     ];
     if shape.present {
         let query = sqlx::query(include_str!("../sql/preflight.sql")).persistent(false);
-        match query.bind(table.quoted()).fetch_one(connection).await {
+        match query.bind(table.quoted()).bind(ownership(table).to_vec()).fetch_one(connection).await {
             Ok(row) => findings.extend(details(&row, table)?),
             // A table of another make may not even have the columns that are asked about.
             Err(error) => findings.push(Finding::new("indexes and grants", Err(classify(&error).sentence))),
@@ -50,8 +50,14 @@ async fn table(connection: &mut PgConnection, table: &TableName) -> Result<Vec<F
     Ok(findings)
 }
 
+/// The tables that say which replica publishes what.
+fn ownership(table: &TableName) -> [String; 2] {
+    [table.with_suffix(LEASE), table.with_suffix(REPLICA)]
+}
+
 fn details(row: &PgRow, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> {
     let (login, cache): (String, i64) = (row.try_get("login")?, row.try_get("sequence_cache")?);
+    let owners = ownership(table).join(", ");
     let table = table.quoted();
     let cached = format!(
         "its cache is {cache}, so ids do not follow commits; run: alter table {table} alter column id set cache 1"
@@ -75,5 +81,12 @@ fn details(row: &PgRow, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> 
         let granted = row.try_get::<bool, _>(column)?;
         findings.push(Finding::new(format!("grant to {right}"), granted.then_some(()).ok_or(missing)));
     }
+    let missing = format!(
+        "some are missing; run as their owner: grant select, insert, update, delete on {owners} to \"{login}\""
+    );
+    findings.push(Finding::new(
+        "grants for ownership",
+        row.try_get::<bool, _>("may_own")?.then_some(()).ok_or(missing),
+    ));
     Ok(findings)
 }

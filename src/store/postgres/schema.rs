@@ -21,6 +21,10 @@ const COLUMNS: [(&str, &[&str]); 14] = [
     ("delivered_at", &["timestamp with time zone"]),
     ("dead_at", &["timestamp with time zone"]),
 ];
+/// Suffixes of the tables of ownership.
+pub(super) const LEASE: &str = "_lease";
+pub(super) const REPLICA: &str = "_replica";
+
 const TEXT: &[&str] = &["text", "character varying"];
 
 /// A table as the catalogue describes it.
@@ -30,6 +34,8 @@ pub struct Shape {
     pub present: bool,
     /// The server is a read-only standby.
     pub standby: bool,
+    /// The tables of ownership exist.
+    pub owned: bool,
     /// Column names with their types.
     pub columns: Vec<(String, String)>,
 }
@@ -40,6 +46,8 @@ impl Shape {
         let row = sqlx::query(include_str!("../sql/schema.sql"))
             .persistent(false)
             .bind(table.quoted())
+            .bind(table.with_suffix(LEASE))
+            .bind(table.with_suffix(REPLICA))
             .fetch_one(connection)
             .await?;
         let names: Vec<String> = row.try_get("columns")?;
@@ -47,6 +55,7 @@ impl Shape {
         Ok(Self {
             present: row.try_get("present")?,
             standby: row.try_get("standby")?,
+            owned: row.try_get("owned")?,
             columns: names.into_iter().zip(types).collect(),
         })
     }
@@ -78,6 +87,11 @@ impl Shape {
                 "table {table} lacks {} {}; it is older than this relay or of another make: run `outbox-relay migrate`, or see `outbox-relay migrate --print`",
                 if missing.len() == 1 { "column" } else { "columns" },
                 missing.join(", ")
+            ));
+        }
+        if !self.owned {
+            faults.push(format!(
+                "table {table}{LEASE} or {table}{REPLICA} is missing; run `outbox-relay migrate`, or see `outbox-relay migrate --print`"
             ));
         }
         for (name, allowed) in COLUMNS {

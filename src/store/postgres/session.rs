@@ -21,7 +21,7 @@ use tokio::sync::OnceCell;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Longest any call may take as seen from here: a little more than the server's own limit, so
 /// that a living server answers first and only a silent one runs into this.
-const CALL_LIMIT: Duration = Duration::from_secs(20);
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(20);
 
 /// What every transaction of ours runs under. The statement limit bounds what we cost the
 /// database, the lock limit how long we queue behind somebody's DDL, and the planner settings keep
@@ -127,6 +127,9 @@ impl Session {
         unit: Unit,
         work: impl AsyncFnOnce(&mut Self) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
+        if unit == Unit::Script {
+            return work(self).await;
+        }
         if self.transaction_pooling {
             // "Read write" fails at once on a standby.
             let settings = SERVER_SETTINGS.map(|(name, value)| format!("set local {name} = '{value}'"));
@@ -150,6 +153,8 @@ pub(super) enum Unit {
     Statement,
     /// Several statements.
     Transaction,
+    /// A text that begins and ends its own transaction.
+    Script,
 }
 
 /// The way to the outbox table: every new connection is checked before it is used.
@@ -174,7 +179,7 @@ impl TableAccess {
         }
         let mut session = self.connector.open().await?;
         let read = async |session: &mut Session| schema::Shape::read(session.connection(), &self.name).await;
-        within(session.run(Unit::Statement, read)).await?.verify(&self.name)?;
+        within(CALL_LIMIT, session.run(Unit::Statement, read)).await?.verify(&self.name)?;
         Ok(session)
     }
 }
@@ -199,8 +204,18 @@ impl Lane {
         unit: Unit,
         work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
+        self.call_within(CALL_LIMIT, unit, work).await
+    }
+
+    /// The same, with a limit of its own.
+    pub(super) async fn call_within<T>(
+        &self,
+        limit: Duration,
+        unit: Unit,
+        work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
+    ) -> Result<T, StoreError> {
         let mut session = self.session().await?;
-        let value = within(session.run(unit, work)).await?;
+        let value = within(limit, session.run(unit, work)).await?;
         if !session.spoiled {
             *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
         }
@@ -217,13 +232,16 @@ impl Lane {
 }
 
 /// Runs a call on a session, bounded in time. A server that says nothing is an outage.
-pub(super) async fn within<T>(call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, StoreError> {
-    match tokio::time::timeout(CALL_LIMIT, call).await {
+pub(super) async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<T, sqlx::Error>>,
+) -> Result<T, StoreError> {
+    match tokio::time::timeout(limit, call).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(classify(&error)),
         Err(_) => Err(StoreError {
             trouble: Trouble::Outage,
-            sentence: format!("no answer from the database within {} s", CALL_LIMIT.as_secs()),
+            sentence: format!("no answer from the database within {:.0} s", limit.as_secs_f64()),
         }),
     }
 }

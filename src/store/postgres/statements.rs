@@ -1,10 +1,13 @@
 //! The SQL texts with the table's name put in, made once at start.
 //!
-//! The only place where SQL is put together at run time, and only from files of this crate and a
-//! table name that [`TableName`] has validated and quoted.
+//! The only place where SQL is put together at run time, and only from files of this crate, a table name that
+//! [`TableName`] has validated and quoted, and values whose types hold no text: numbers and uuids.
 
+use super::schema::{LEASE, REPLICA};
 use crate::config::TableName;
+use crate::store::leases::Member;
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
+use std::time::Duration;
 
 #[derive(Debug)]
 pub(super) struct Statements {
@@ -18,16 +21,21 @@ pub(super) struct Statements {
     pub mark_dead: SqlStr,
     pub purge: SqlStr,
     pub census: SqlStr,
+    pub look_at_leases: SqlStr,
+    pub leave_leases: SqlStr,
+    renew_leases: String,
 }
 
 impl Statements {
     pub(super) fn new(table: &TableName) -> Self {
-        let outbox = table.quoted();
-        let prepare = |text: &str| {
-            let text = text.replace("{columns}", include_str!("../sql/columns.sql").trim());
-            let text = text.replace("{in_turn}", include_str!("../sql/in_turn.sql").trim());
-            AssertSqlSafe(text.replace("{outbox}", &outbox)).into_sql_str()
+        let prepare = |text: &str| AssertSqlSafe(name_tables(text, table)).into_sql_str();
+        let parameters = |text: &str| {
+            let text = text.replace("{quota}", include_str!("../sql/quota.sql").trim());
+            prepare(&text.replace("{me}", "$1::uuid").replace("{shards}", "$2::int"))
         };
+        let renew = include_str!("../sql/renew_leases.sql");
+        let renew = renew.replace("{look}", include_str!("../sql/look_at_leases.sql").trim());
+        let renew = renew.replace("{quota}", include_str!("../sql/quota.sql").trim());
         Self {
             poll: prepare(include_str!("../sql/poll.sql")),
             probe: prepare(include_str!("../sql/probe.sql")),
@@ -39,6 +47,38 @@ impl Statements {
             mark_dead: prepare(include_str!("../sql/mark_dead.sql")),
             purge: prepare(include_str!("../sql/purge.sql")),
             census: prepare(include_str!("../sql/census.sql")),
+            look_at_leases: parameters(include_str!("../sql/look_at_leases.sql")),
+            leave_leases: parameters(include_str!("../sql/leave_leases.sql")),
+            renew_leases: name_tables(&renew, table),
         }
     }
+
+    /// The whole renewal as one text: a text of several statements takes no parameters.
+    pub(super) fn renew_leases(&self, member: Member, drained: &[u32], limit: Duration) -> SqlStr {
+        let Member { replica, shards, ready, lease_time } = member;
+        let drained: Vec<String> = drained.iter().map(u32::to_string).collect();
+        let values = [
+            ("{me}", format!("'{replica}'::uuid")),
+            ("{shards}", shards.to_string()),
+            ("{ready}", ready.to_string()),
+            ("{lease_ms}", lease_time.as_millis().to_string()),
+            ("{drained}", format!("'{{{}}}'::int[]", drained.join(","))),
+            ("{limit_ms}", limit.as_millis().to_string()),
+        ];
+        let fill = |text: String, (name, value): (&str, String)| text.replace(name, &value);
+        AssertSqlSafe(values.into_iter().fold(self.renew_leases.clone(), fill)).into_sql_str()
+    }
+}
+
+/// Puts shared parts and names of tables in.
+fn name_tables(text: &str, table: &TableName) -> String {
+    let lease = table.with_suffix(LEASE);
+    let literal = format!("'{}'", lease.replace('\'', "''"));
+    text.replace("{columns}", include_str!("../sql/columns.sql").trim())
+        .replace("{shard}", include_str!("../sql/shard.sql").trim())
+        .replace("{in_turn}", include_str!("../sql/in_turn.sql").trim())
+        .replace("{outbox}", &table.quoted())
+        .replace("{lease_name}", &literal)
+        .replace("{lease}", &lease)
+        .replace("{replica}", &table.with_suffix(REPLICA))
 }

@@ -1,5 +1,5 @@
 -- Everything `check` wants to know of an existing table.
--- $1 the table, quoted
+-- $1 the table, quoted    $2 the tables of ownership, quoted
 select
     current_user::text as login,
     coalesce((
@@ -23,4 +23,7 @@ select
           and pg_get_expr(i.indpred, i.indrelid) ~ 'dead_at IS NOT NULL') as dead_index,
     has_table_privilege($1, 'select') as may_select,
     has_table_privilege($1, 'update') as may_update,
-    has_table_privilege($1, 'delete') as may_delete
+    has_table_privilege($1, 'delete') as may_delete,
+    (select bool_and(to_regclass(name) is not null and coalesce(has_table_privilege(to_regclass(name), privilege), false))
+       from unnest($2::text[]) as name
+       cross join unnest(array['select', 'insert', 'update', 'delete']) as privilege) as may_own

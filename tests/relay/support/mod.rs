@@ -4,6 +4,7 @@
 //! Nothing here sleeps in the hope that something has happened: waiting is on a condition with a
 //! deadline ([`eventually`]).
 
+pub mod certificates;
 pub mod checker;
 pub mod process;
 pub mod proxy;

@@ -1,6 +1,7 @@
 //! The real binary as a child process, to be killed, stopped and measured.
 
 use super::{DEADLINE, eventually};
+use outbox_relay::http::Health;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,6 +18,10 @@ pub fn binary() -> PathBuf {
 pub fn command(args: &[&str], env: &BTreeMap<String, String>) -> Command {
     let mut command = Command::new(binary());
     command.args(args).env_clear().envs(env).current_dir(std::env::temp_dir()).kill_on_drop(true);
+    // Set by scripts/mutants only, and known only to builds of it.
+    if let Ok(mutant) = std::env::var("RELAY_MUTANT") {
+        command.env("RELAY_MUTANT", mutant);
+    }
     command
 }
 
@@ -103,6 +108,27 @@ impl RelayProcess {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("/proc");
         let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("a size");
         line.trim().trim_end_matches(" kB").parse::<usize>().expect("kB") * 1024
+    }
+
+    /// The health report; `None` if nobody answers.
+    pub async fn health(&self) -> Option<Health> {
+        serde_json::from_str(&self.get("/health").await.1).ok()
+    }
+
+    /// Shards it owns, as it says itself.
+    pub async fn owned(&self) -> Option<u32> {
+        self.health().await.map(|health| health.ownership.owned)
+    }
+
+    /// Waits until it owns shards.
+    pub async fn until_owner(&self) {
+        let owner = async || self.health().await.is_some_and(|health| health.ownership.state == "owner");
+        eventually("the relay owns shards", owner).await;
+    }
+
+    /// The value of a metric, by its name with labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        metric(&self.get("/metrics").await.1, name)
     }
 
     /// Status and body of a path; status 0 if nobody answers.

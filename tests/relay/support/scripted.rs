@@ -1,5 +1,6 @@
 //! A sink that does what a script says: for failures that no real broker can be made to play on cue.
 
+use outbox_relay::ownership::Permit;
 use outbox_relay::sink::{Publisher, Sink, SinkState, Verdict};
 use outbox_relay::store::Row;
 use std::sync::{Arc, Mutex};
@@ -47,12 +48,12 @@ impl Sink for ScriptedSink {
 }
 
 impl Publisher for ScriptedSink {
-    async fn publish(&mut self, batch: &[Row], _: &CancellationToken) -> Vec<Verdict> {
+    async fn publish(&mut self, batch: &[Row], permit: &Permit, _: &CancellationToken) -> Vec<Verdict> {
         tokio::task::yield_now().await;
         let mut script = self.script.lock().unwrap();
         let mut verdicts = Vec::with_capacity(batch.len());
         for row in batch {
-            let verdict = script(row);
+            let verdict = permit.check(row).and_then(|()| script(row));
             if verdict.is_ok() {
                 self.taken.lock().unwrap().push(row.clone());
             }

@@ -1,27 +1,20 @@
-//! Real Postgres and RabbitMQ servers, started by `scripts/services`.
+//! Real Postgres and RabbitMQ servers, started by `scripts/services` through the chaos tool's [`Servers`].
 //!
 //! Most tests share one pair; a test that breaks servers has a pair of its own. `TEST_DATABASE_URL`
 //! and `TEST_AMQP_URL` name servers that already run, for the shared pair. A server that cannot be
 //! had fails the test.
+//!
+//! [`Servers`]: outbox_relay_chaos::servers::Servers
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use outbox_relay_chaos::servers;
+use std::ops::Deref;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
-/// A pair of servers.
+/// A pair of servers whose failures fail the test.
 #[derive(Debug)]
-pub struct Servers {
-    /// Role with the right to create databases.
-    pub database_url: String,
-    /// User with all rights on the vhost.
-    pub amqp_url: String,
-    /// Superuser of the database, where it is ours.
-    pub superuser_url: Option<String>,
-    dir: Option<PathBuf>,
-    /// Stops the servers when this process is gone, however it went.
-    _undertaker: Option<Child>,
-}
+pub struct Servers(servers::Servers);
 
 static SHARED: OnceLock<Servers> = OnceLock::new();
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -32,9 +25,7 @@ impl Servers {
         SHARED.get_or_init(|| {
             let given = |name: &str| std::env::var(name).ok().filter(|url| !url.is_empty());
             match (given("TEST_DATABASE_URL"), given("TEST_AMQP_URL")) {
-                (Some(database_url), Some(amqp_url)) => {
-                    Self { database_url, amqp_url, superuser_url: None, dir: None, _undertaker: None }
-                }
+                (Some(database_url), Some(amqp_url)) => Self(servers::Servers::given(database_url, amqp_url)),
                 (None, None) => Self::start(),
                 _ => panic!("set both TEST_DATABASE_URL and TEST_AMQP_URL, or neither"),
             }
@@ -43,98 +34,48 @@ impl Servers {
 
     /// A pair of one's own.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// A pair of one's own, with more options of `scripts/services start`.
+    pub fn start_with(options: &[&str]) -> Self {
         let number = COUNT.fetch_add(1, Relaxed);
         let dir = root().join(format!("target/test-servers/{}-{number}", std::process::id()));
-        let undertaker = undertaker(&dir);
-        services(&["start", "--fast"], &dir);
-        let env = std::fs::read_to_string(dir.join("env")).expect("scripts/services writes DIR/env");
-        let value = |name: &str| {
-            let line = env.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-            line.unwrap_or_else(|| panic!("{name} is missing in {}/env", dir.display())).to_owned()
-        };
-        Self {
-            database_url: value("DATABASE_URL"),
-            amqp_url: value("AMQP_URL"),
-            superuser_url: Some(value("PG_SUPERUSER_URL")),
-            dir: Some(dir),
-            _undertaker: Some(undertaker),
-        }
+        let started = servers::Servers::start_with(&root().join("scripts/services"), &dir, options);
+        Self(started.unwrap_or_else(|error| panic!("{error:#}")))
+    }
+
+    /// A value in DIR/env.
+    pub fn value(&self, name: &str) -> String {
+        self.0.value(name).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// `scripts/services ARGS` on these servers.
+    pub async fn services(&self, args: &[&str]) {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        self.0.run(args).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     /// `scripts/services COMMAND SERVER` on this pair: stop, start, kill, pause, resume.
     pub async fn control(&self, command: &str, server: &str) {
-        let dir = self.dir.clone().expect("only servers of one's own may be controlled");
-        let args = match command {
-            "start" => vec![command.to_owned(), server.to_owned(), "--fast".to_owned()],
-            _ => vec![command.to_owned(), server.to_owned()],
-        };
-        let run = move || services(&args.iter().map(String::as_str).collect::<Vec<_>>(), &dir);
-        tokio::task::spawn_blocking(run).await.expect("scripts/services");
+        self.0.control(command, server).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     /// `rabbitmqctl ARGS` on this pair.
     pub async fn rabbitmqctl(&self, args: &[&str]) {
-        let dir = self.dir.clone().expect("only servers of one's own may be controlled");
-        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
-        let run = move || {
-            let output = Command::new(root().join("scripts/services"))
-                .args(["ctl", "--dir"])
-                .arg(&dir)
-                .arg("--")
-                .args(&args)
-                .output()
-                .expect("scripts/services runs");
-            assert!(
-                output.status.success(),
-                "rabbitmqctl {args:?}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        };
-        tokio::task::spawn_blocking(run).await.expect("rabbitmqctl");
+        self.0.rabbitmqctl(args).await.unwrap_or_else(|error| panic!("{error:#}"));
     }
 }
 
-impl Drop for Servers {
-    fn drop(&mut self) {
-        if let Some(dir) = &self.dir {
-            services(&["stop", "--wipe"], dir);
-        }
+impl Deref for Servers {
+    type Target = servers::Servers;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 
 /// The repository.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn services(args: &[&str], dir: &Path) {
-    let output = Command::new(root().join("scripts/services"))
-        .args(args)
-        .arg("--dir")
-        .arg(dir)
-        .stdin(Stdio::null())
-        .output()
-        .expect("scripts/services runs");
-    assert!(
-        output.status.success(),
-        "scripts/services {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// A shell that waits for the end of its input, which is the end of this process, and then stops the
-/// servers. In a group of its own, so that Ctrl-C does not end it.
-fn undertaker(dir: &Path) -> Child {
-    use std::os::unix::process::CommandExt;
-    let script = root().join("scripts/services");
-    Command::new("sh")
-        .args(["-c", "read -r _; [ ! -d \"$2\" ] || exec \"$1\" stop --wipe --dir \"$2\"", "undertaker"])
-        .arg(script)
-        .arg(dir)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .expect("sh runs")
 }

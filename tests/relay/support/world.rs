@@ -11,19 +11,19 @@ use super::{DEADLINE, eventually};
 use futures_util::StreamExt;
 use lapin::options::{
     BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
-    QueueDeclareOptions, QueuePurgeOptions,
+    QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties, ExchangeKind};
 use outbox_relay::config::{Settings, Sources};
 use outbox_relay::http::Health;
 use outbox_relay::relay::{Relay, RelayError};
-use outbox_relay::sink::RabbitMq;
-use outbox_relay::store::PostgresStore;
+use outbox_relay::sink::{RabbitMq, Sink};
 use outbox_relay::store::postgres::{Connector, migrate};
+use outbox_relay::store::{LeaseTable, PostgresStore, Store};
 use outbox_relay::telemetry::Metrics;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,9 +31,13 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Retries quick enough for a test.
-const QUICK: [(&str, &str); 3] =
-    [("OUTBOX_RETRY_MIN", "20ms"), ("OUTBOX_RETRY_MAX", "500ms"), ("OUTBOX_LOG", "info,outbox_relay=debug")];
+/// Retries and takeovers quick enough for a test.
+const QUICK: [(&str, &str); 4] = [
+    ("OUTBOX_RETRY_MIN", "20ms"),
+    ("OUTBOX_RETRY_MAX", "500ms"),
+    ("OUTBOX_LEASE_TTL", "2s"),
+    ("OUTBOX_LOG", "info,outbox_relay=debug"),
+];
 
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
@@ -79,7 +83,11 @@ impl World {
 
     /// A world on servers of its own, for tests that break them.
     pub async fn alone() -> Self {
-        let servers = tokio::task::spawn_blocking(Servers::start).await.expect("servers");
+        Self::with(tokio::task::spawn_blocking(Servers::start).await.expect("servers")).await
+    }
+
+    /// A world on these servers, which are its own.
+    pub async fn with(servers: Servers) -> Self {
         Self::on(Holder::Own(Box::new(servers))).await
     }
 
@@ -148,6 +156,13 @@ impl World {
         query.fetch_one(&mut self.db().await).await.unwrap_or_else(|error| panic!("{error} in: {sql}"))
     }
 
+    /// All ids a query finds.
+    pub async fn ids(&self, sql: &str) -> HashSet<i64> {
+        let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
+        let ids: Vec<i64> = query.fetch_all(&mut self.db().await).await.expect("ids");
+        ids.into_iter().collect()
+    }
+
     /// A single text.
     pub async fn text(&self, sql: &str) -> Option<String> {
         let query = sqlx::query_scalar(AssertSqlSafe(sql.to_owned()));
@@ -186,6 +201,15 @@ impl World {
         db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
     }
 
+    /// Gives a role the rights a relay needs, as in `docs/OPERATING.md`.
+    pub async fn grant(&self, role: &str) {
+        self.sql(&format!(
+            "grant select, update, delete on outbox to {role};
+             grant select, insert, update, delete on outbox_lease, outbox_replica to {role}"
+        ))
+        .await;
+    }
+
     /// Waits until no row is pending.
     pub async fn drained(&self) {
         self.until("select count(*) from outbox where delivered_at is null and dead_at is null", 0).await;
@@ -219,7 +243,8 @@ impl World {
         }
     }
 
-    async fn declare(&self) {
+    /// Declares exchange and queue of this world.
+    pub async fn declare(&self) {
         let connection = self.amqp().await;
         let channel = connection.create_channel().await.expect("channel");
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -271,6 +296,13 @@ impl World {
         let connection = self.amqp().await;
         let channel = connection.create_channel().await.expect("channel");
         channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.expect("purge");
+    }
+
+    /// Deletes the queue of this world; answers with the messages it held.
+    pub async fn delete_queue(&self) -> u32 {
+        let connection = self.amqp().await;
+        let channel = connection.create_channel().await.expect("channel");
+        channel.queue_delete(self.name.as_str().into(), QueueDeleteOptions::default()).await.expect("delete")
     }
 
     /// Binds the queue.
@@ -395,14 +427,18 @@ impl RunningRelay {
     }
 
     /// Runs any relay.
-    pub async fn spawn<S: outbox_relay::store::Store, K: outbox_relay::sink::Sink>(
-        relay: Relay<S, K>,
-    ) -> Self {
+    pub async fn spawn<S: Store + LeaseTable, K: Sink>(relay: Relay<S, K>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
         let address = listener.local_addr().expect("address");
         let stop = CancellationToken::new();
         let ended = tokio::spawn(relay.run(listener, stop.clone()));
         Self { address, stop, ended }
+    }
+
+    /// Ends it as a crash does: nothing is finished, nothing given back.
+    pub async fn crash(self) {
+        self.ended.abort();
+        assert!(self.ended.await.is_err_and(|error| error.is_cancelled()), "it was running");
     }
 
     /// Stops it and waits for the end.

@@ -1,0 +1,251 @@
+//! The keeper: renews this replica's leases, takes what is its part, gives back what is not, and tells the
+//! pipeline what it holds.
+//!
+//! It goes on while the pipeline drains, and gives everything back as its last deed. A crash here costs nothing but
+//! the time until the leases run out.
+
+use super::{Holdings, Terms};
+use crate::config::Settings;
+use crate::mutants::mutant;
+use crate::retry::Delays;
+use crate::sink::SinkState;
+use crate::store::StoreError;
+use crate::store::leases::{Lease, LeaseTable, Member, Standing};
+use crate::telemetry::{Board, DatabaseUser, LeaseChange, Metrics, Pulse};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Longest the giving back may take when the relay stops.
+const LEAVE_LIMIT: Duration = Duration::from_secs(2);
+
+/// The stage.
+#[derive(Debug)]
+pub struct Keeper<S> {
+    store: Arc<S>,
+    terms: Terms,
+    member: Member,
+    holdings: Arc<watch::Sender<Holdings>>,
+    drained: mpsc::Receiver<Lease>,
+    sink: watch::Receiver<SinkState>,
+    /// Since when the broker has been out of reach.
+    away_since: Option<Instant>,
+    /// Drained and not given back yet.
+    empty: HashSet<Lease>,
+    renewed: Option<Instant>,
+    board: Arc<Board>,
+    pulse: Pulse,
+    metrics: Arc<Metrics>,
+}
+
+/// What the keeper is connected to.
+#[derive(Debug)]
+pub struct Ends<S> {
+    /// Where leases are kept.
+    pub store: Arc<S>,
+    /// Where it tells what is held.
+    pub holdings: Arc<watch::Sender<Holdings>>,
+    /// Leaving shards that have nothing in flight.
+    pub drained: mpsc::Receiver<Lease>,
+    /// Whether the broker can be reached.
+    pub sink: watch::Receiver<SinkState>,
+}
+
+impl<S: LeaseTable> Keeper<S> {
+    /// A keeper for the replica that `holdings` names.
+    pub fn new(
+        ends: Ends<S>,
+        settings: &Settings,
+        board: Arc<Board>,
+        pulse: Pulse,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let terms = Terms::new(settings.lease_ttl);
+        let replica = ends.holdings.borrow().replica;
+        let shards = settings.shards as u32;
+        Self {
+            store: ends.store,
+            terms,
+            member: Member { replica, shards, ready: true, lease_time: terms.lease_time },
+            holdings: ends.holdings,
+            drained: ends.drained,
+            sink: ends.sink,
+            away_since: None,
+            empty: HashSet::new(),
+            renewed: None,
+            board,
+            pulse,
+            metrics,
+        }
+    }
+
+    /// Keeps the leases until `stop`, which comes after the pipeline has ended; then gives them back.
+    pub async fn run(mut self, stop: CancellationToken) {
+        self.keep(&stop).await;
+        if self.renewed.is_some() {
+            self.leave().await;
+        }
+    }
+
+    /// A turn is not cut short by the stop: a renewal that the server still carries out must not come after the
+    /// giving back. Only a server that says nothing is not waited for.
+    async fn keep(&mut self, stop: &CancellationToken) {
+        let mut delays = Delays::default();
+        while !stop.is_cancelled() {
+            self.note_broker();
+            let too_late = async {
+                stop.cancelled().await;
+                tokio::time::sleep(LEAVE_LIMIT).await;
+            };
+            let turn = tokio::select! {
+                biased;
+                // 1. The answer.
+                turn = self.turn() => turn,
+                // 2. No time left to wait for it.
+                () = too_late => return,
+            };
+            let pause = match turn {
+                Ok(()) => {
+                    delays = Delays::default();
+                    self.terms.look_every
+                }
+                Err(error) => {
+                    self.board.database_down(DatabaseUser::Leases, &error);
+                    delays.next(&error).min(self.terms.renew_every)
+                }
+            };
+            let _ = stop.run_until_cancelled(self.rest(pause)).await;
+        }
+    }
+
+    /// Renews when it is time to, or when a look shows that something is to be taken or given back.
+    async fn turn(&mut self) -> Result<(), StoreError> {
+        let due = self.renewed.is_none_or(|renewed| renewed.elapsed() >= self.terms.renew_every);
+        if due || !self.empty.is_empty() {
+            return self.renew().await;
+        }
+        let standing = self.pulse.beat_during(self.store.look(self.member)).await?;
+        self.board.database_up(DatabaseUser::Leases);
+        let held = standing.leases.len() as u32;
+        let to_take = standing.free > 0 && held < standing.quota;
+        if !standing.member || to_take || held > standing.quota {
+            return self.renew().await;
+        }
+        Ok(())
+    }
+
+    async fn renew(&mut self) -> Result<(), StoreError> {
+        let ready = self.away_since.is_none_or(|since| since.elapsed() < self.terms.lease_time);
+        if !ready || mutant!("give-back-undrained") {
+            // Nothing of ours will be confirmed; whoever reaches the broker may go on, if there is anybody.
+            self.empty.extend(self.holdings.borrow().leaving());
+        }
+        self.member.ready = ready;
+        let drained: Vec<u32> = self.empty.iter().map(|lease| lease.shard).collect();
+        if !drained.is_empty() {
+            // Nothing may be sent any more when the table learns of it.
+            self.holdings.send_modify(|holdings| holdings.close(&self.empty));
+        }
+        // Before the question leaves, so that trust ends before the lease does, however long the answer takes.
+        let sent = Instant::now();
+        let standing = self.pulse.beat_during(self.store.renew(self.member, &drained)).await?;
+        self.renewed = Some(sent);
+        let given_back = std::mem::take(&mut self.empty);
+        self.board.database_up(DatabaseUser::Leases);
+        match standing.other_shards {
+            Some(other) => self.refuse(other),
+            None => self.tell(&standing, sent + self.terms.trust, &given_back),
+        }
+        Ok(())
+    }
+
+    /// Publishes the new state and tells what has changed.
+    fn tell(&self, standing: &Standing, trusted_until: Instant, given_back: &HashSet<Lease>) {
+        let before = self.holdings.borrow().clone();
+        let mut now = before.clone();
+        now.refused = None;
+        now.update(standing, trusted_until);
+        let epochs = |leases: &[Lease]| leases.iter().copied().collect::<HashSet<_>>();
+        let (had, has) = (epochs(&before.leases()), epochs(&now.leases()));
+        let (gained, lost) = (has.difference(&had).count(), had.difference(&has).count());
+        let handed_over = given_back.difference(&has).count();
+        self.metrics.lease_changes(LeaseChange::Gained, gained);
+        self.metrics.lease_changes(LeaseChange::HandedOver, handed_over);
+        self.metrics.lease_changes(LeaseChange::Lost, lost);
+        self.metrics.owned_shards.set(has.len() as i64);
+        self.metrics.replicas.set(i64::from(now.replicas));
+        self.metrics.lease_epoch.set(has.iter().map(|lease| lease.epoch).max().unwrap_or(0));
+        if lost > 0 {
+            tracing::warn!(lost, owned = has.len(), "leases were lost to another replica");
+        }
+        if gained + handed_over > 0 || !before.known || before.replicas != now.replicas {
+            let (owned, replicas) = (has.len(), now.replicas);
+            tracing::info!(gained, handed_over, owned, replicas, shards = now.shards(), "ownership");
+        }
+        self.holdings.send_replace(now);
+    }
+
+    /// Rows would belong to other shards here than there. Asked again later: the others may be on their way out.
+    fn refuse(&self, other: u32) {
+        let shards = self.member.shards;
+        let sentence = format!(
+            "OUTBOX_SHARDS is {shards} here and {other} in a replica that runs; stop those replicas first, or set the same number here"
+        );
+        if self.holdings.borrow().refused.is_none() {
+            tracing::warn!(reason = sentence, "this replica may not publish");
+        }
+        let mut holdings = Holdings::none(self.member.replica, shards);
+        holdings.refused = Some(sentence);
+        self.metrics.owned_shards.set(0);
+        self.holdings.send_replace(holdings);
+    }
+
+    fn note_broker(&mut self) {
+        let away = matches!(*self.sink.borrow_and_update(), SinkState::Away { .. });
+        self.away_since = away.then(|| self.away_since.unwrap_or_else(Instant::now));
+    }
+
+    /// Waits for the next turn; a shard that is drained makes it come at once.
+    async fn rest(&mut self, pause: Duration) {
+        let until = tokio::time::sleep(pause);
+        tokio::pin!(until);
+        let mut open = true;
+        loop {
+            tokio::select! {
+                biased;
+                // 1. What is drained is given back without delay: somebody waits for it. All at once, where many are.
+                drained = self.drained.recv(), if open => match drained {
+                    Some(lease) => {
+                        self.empty.insert(lease);
+                        while let Ok(lease) = self.drained.try_recv() {
+                            self.empty.insert(lease);
+                        }
+                        return;
+                    }
+                    // Poll has ended; what it had is given back at the end.
+                    None => open = false,
+                },
+                // 2. Time is up.
+                () = self.pulse.beat_during(&mut until) => return,
+            }
+        }
+    }
+
+    async fn leave(&self) {
+        match tokio::time::timeout(LEAVE_LIMIT, self.store.leave(self.member)).await {
+            Ok(Ok(())) => {
+                self.metrics.owned_shards.set(0);
+                self.holdings.send_replace(Holdings::none(self.member.replica, self.member.shards));
+                tracing::info!("leases given back");
+            }
+            Ok(Err(StoreError { sentence, .. })) => self.kept(&sentence),
+            Err(_) => self.kept("no answer from the database in time"),
+        }
+    }
+
+    fn kept(&self, reason: &str) {
+        tracing::warn!(reason, "leases could not be given back; others can take them when they have run out");
+    }
+}
