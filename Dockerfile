@@ -49,7 +49,7 @@ HEALTHCHECK --interval=10s --timeout=6s --start-period=10s --retries=3 \
     CMD ["/usr/local/bin/outbox-relay", "status", "--probe", "livez"]
 
 # SIGTERM stops it in good order, within OUTBOX_SHUTDOWN_GRACE (25 s). Docker waits 10 s before it kills: run with
-# --stop-timeout 30 (compose: stop_grace_period).
+# --stop-timeout 40 (compose: stop_grace_period).
 STOPSIGNAL SIGTERM
 USER nonroot:nonroot
 ENTRYPOINT ["/usr/local/bin/outbox-relay"]
