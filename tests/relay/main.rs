@@ -18,6 +18,7 @@ mod contract_store;
 mod harmless_to_the_database;
 mod integrity;
 mod key_order;
+mod least_privilege;
 mod migrations;
 mod no_loss;
 mod no_phantom;
