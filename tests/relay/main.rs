@@ -15,6 +15,7 @@ mod clean_stop;
 mod containers;
 mod contract_sink;
 mod contract_store;
+mod failover;
 mod harmless_to_the_database;
 mod integrity;
 mod key_order;
