@@ -245,6 +245,35 @@ async fn a_rotated_password_is_taken_up() {
     world.finish(Allowed::default()).await;
 }
 
+/// The same for the broker.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotated_password_of_the_broker_is_taken_up() {
+    let world = World::alone().await;
+    let servers = world.servers();
+    servers.rabbitmqctl(&["add_user", "rotating", "first"]).await;
+    servers.rabbitmqctl(&["set_permissions", "rotating", "^$", ".*", "^$"]).await;
+    let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.url", fastrand::u64(..)));
+    let write = |password: &str| {
+        let url = servers.amqp_url.replace("outbox:outbox@", &format!("rotating:{password}@"));
+        std::fs::write(&file, format!("{url}\n")).expect("write");
+    };
+    write("first");
+    let mut pairs = world.pairs(&[("AMQP_URL_FILE", file.to_str().expect("UTF-8"))]);
+    pairs.remove("AMQP_URL");
+    let relay = crate::support::RelayProcess::start(&pairs).await;
+    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    servers.rabbitmqctl(&["change_password", "rotating", "second"]).await;
+    servers.rabbitmqctl(&["close_all_user_connections", "rotating", "rotated"]).await;
+    eventually("the refused login is told", async || relay.get("/readyz").await.1.contains("ACCESS_REFUSED"))
+        .await;
+    write("second");
+    world.write(100, 10).await;
+    world.drained().await;
+    assert!(relay.terminate().await.success());
+    std::fs::remove_file(&file).expect("remove");
+    world.finish(Allowed::default()).await;
+}
+
 /// A wrong login is said in one sentence and tried on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_login_is_told_and_tried_on() {
