@@ -226,7 +226,7 @@ async fn a_quorum_queue_that_loses_its_leader_and_then_its_majority_gets_everyth
     let amqp = ["AMQP_URL", "AMQP_URL_2", "AMQP_URL_3"].map(|name| servers.value(name)).join(",");
 
     world.write(20_000, 200).await;
-    let relay = world.process(&[("AMQP_URL", &amqp)]).await;
+    let relay = world.process(&[("AMQP_URL", &amqp), ("OUTBOX_CONFIRM_TIMEOUT", "10s")]).await;
     world.until_at_least(DELIVERED, 2_000).await;
     servers.control("kill", "rabbitmq@2").await;
     world.drained().await;
