@@ -47,6 +47,7 @@ use crate::sink::Fault;
 use crate::store::{Lease, Route, Row};
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// From poll to a worker.
 #[derive(Debug)]
@@ -62,6 +63,8 @@ pub enum Work {
 pub struct Outcome {
     /// Row id.
     pub id: i64,
+    /// Its message.
+    pub message_id: Uuid,
     /// The lease it was read under.
     pub lease: Lease,
     /// Its end.
@@ -120,7 +123,11 @@ pub struct Settled {
 #[derive(Debug)]
 pub enum Fate {
     /// Never to be read again.
-    Delivered,
+    Delivered {
+        /// Every mark of its batch fell on the row it was meant for. If not, the id is to be asked for again: it may
+        /// belong to another message.
+        certain: bool,
+    },
     /// Never to be read again, unless an operator sends it again under a later sweep.
     Dead,
     /// In the table, refused; its key may be read again because the table holds it back.

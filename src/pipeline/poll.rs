@@ -461,7 +461,10 @@ impl<S: Store> Poll<S> {
         self.shards.settled(shard);
         self.show_in_flight();
         match fate {
-            Fate::Delivered => {
+            Fate::Delivered { certain } => {
+                if !certain {
+                    self.known.remove(id);
+                }
                 if let Some(route) = watched {
                     self.route_works(route);
                 }

@@ -13,7 +13,7 @@ use crate::mutants::mutant;
 use crate::ownership::Permit;
 use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
-use crate::store::{Lease, Route, Row};
+use crate::store::{Route, Row};
 use crate::telemetry::{Metrics, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -212,8 +212,7 @@ impl<P: Publisher> Worker<P> {
             batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
         if mutant!("mark-before-confirm") {
             for row in &rows {
-                self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros })
-                    .await;
+                self.end(row, End::Delivered { created_at_micros: row.created_at_micros }).await;
             }
         }
         let sent_at = Instant::now();
@@ -269,21 +268,21 @@ impl<P: Publisher> Worker<P> {
         if !self.silences.is_empty() {
             self.silences.remove(&row.route);
         }
-        self.end(row.id, row.lease, End::Delivered { created_at_micros: row.created_at_micros }).await;
+        self.end(&row, End::Delivered { created_at_micros: row.created_at_micros }).await;
     }
 
     async fn wait(&mut self, row: Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
         let followers = row.ordering_key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
         let end = End::Wait {
-            key: row.ordering_key,
-            route: row.route,
+            key: row.ordering_key.clone(),
+            route: Arc::clone(&row.route),
             fault: refusal.fault,
             attempts,
             wait: self.policy.wait(attempts),
             reason: refusal.reason,
         };
-        self.end(row.id, row.lease, end).await;
+        self.end(&row, end).await;
         self.release(followers).await;
     }
 
@@ -293,7 +292,7 @@ impl<P: Publisher> Worker<P> {
         self.metrics.fenced.inc();
         let key = self.queue.key_of(&row).filter(|_| !mutant!("no-hold-after-fence"));
         let followers = key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
-        self.end(row.id, row.lease, End::Fenced { key }).await;
+        self.end(&row, End::Fenced { key }).await;
         self.release(followers).await;
     }
 
@@ -306,19 +305,20 @@ impl<P: Publisher> Worker<P> {
             reason = refusal.reason,
             "row is dead: it can not be delivered"
         );
-        self.end(row.id, row.lease, End::Dead { attempts, reason: refusal.reason }).await;
+        self.end(&row, End::Dead { attempts, reason: refusal.reason }).await;
     }
 
     async fn release(&mut self, rows: Vec<Row>) {
         for row in rows {
-            self.end(row.id, row.lease, End::Released).await;
+            self.end(&row, End::Released).await;
         }
     }
 
     /// Never waits: the channel has room for every row in flight. Fails only after settle is gone,
     /// which supervision has noticed already.
-    async fn end(&mut self, id: i64, lease: Lease, end: End) {
-        let _ = self.output.send(Outcome { id, lease, end }).await;
+    async fn end(&mut self, row: &Row, end: End) {
+        let Row { id, message_id, lease, .. } = *row;
+        let _ = self.output.send(Outcome { id, message_id, lease, end }).await;
     }
 
     /// Counts confirm time-outs, once per batch and route.

@@ -9,7 +9,7 @@
 use super::{End, Fate, Outcome, Settled};
 use crate::mutants::mutant;
 use crate::retry::Delays;
-use crate::store::{Dead, Settlement, Store, StoreError, Trouble, Waiting};
+use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -68,10 +68,12 @@ impl<S: Store> Settle<S> {
     pub async fn run(mut self) -> Result<(), Unwritten> {
         while let Some(outcomes) = self.gather().await {
             let settlement = settlement(&outcomes);
-            if let Err(error) = self.write(&settlement).await {
-                return self.give_up(settlement.delivered.len(), error);
-            }
-            self.report(outcomes).await;
+            let marked = match self.write(&settlement).await {
+                Ok(marked) => marked,
+                Err(error) => return self.give_up(settlement.delivered.len(), error),
+            };
+            let certain = marked == settlement.delivered.len() as u64;
+            self.report(outcomes, certain).await;
         }
         Ok(())
     }
@@ -98,25 +100,25 @@ impl<S: Store> Settle<S> {
         if rows == 0 { Ok(()) } else { Err(Unwritten { rows, reason: error.sentence }) }
     }
 
-    /// Writes, for as long as it takes. Gives up only when the grace period is over.
-    async fn write(&self, settlement: &Settlement) -> Result<(), StoreError> {
+    /// Writes, for as long as it takes; answers with how many rows were marked. Gives up only when the grace period is over.
+    async fn write(&self, settlement: &Settlement) -> Result<u64, StoreError> {
         if settlement.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let mut delays = Delays::default();
         loop {
             let started = Instant::now();
             let error = match self.pulse.beat_during(self.try_to_write(settlement)).await {
-                Ok(()) => {
+                Ok(marked) => {
                     self.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
                     self.board.database_up(DatabaseUser::Settle);
-                    return Ok(());
+                    return Ok(marked);
                 }
                 Err(error) => error,
             };
             self.board.database_down(DatabaseUser::Settle, &error);
             if mutant!("forget-marks-on-error") {
-                return Ok(());
+                return Ok(settlement.delivered.len() as u64);
             }
             let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
             if self.cut.run_until_cancelled(pause).await.is_none() {
@@ -127,7 +129,7 @@ impl<S: Store> Settle<S> {
 
     /// One try. After the grace period it has a moment left, so that a database that answers still gets
     /// what was confirmed; abandoned, its outcome is unknown, which is safe: marks may be written twice.
-    async fn try_to_write(&self, settlement: &Settlement) -> Result<(), StoreError> {
+    async fn try_to_write(&self, settlement: &Settlement) -> Result<u64, StoreError> {
         let out_of_time = async {
             self.cut.cancelled().await;
             tokio::time::sleep(LAST_WRITE).await;
@@ -145,7 +147,7 @@ impl<S: Store> Settle<S> {
     }
 
     /// Counts what was committed and frees the places.
-    async fn report(&self, outcomes: Vec<Outcome>) {
+    async fn report(&self, outcomes: Vec<Outcome>, certain: bool) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         for Outcome { id, end, .. } in outcomes {
             let fate = match end {
@@ -153,7 +155,7 @@ impl<S: Store> Settle<S> {
                     self.metrics.delivered.inc();
                     let age = now.as_secs_f64() - created_at_micros as f64 / 1e6;
                     self.metrics.end_to_end_seconds.observe(age.max(0.0));
-                    Fate::Delivered
+                    Fate::Delivered { certain }
                 }
                 End::Dead { .. } => {
                     self.metrics.dead.inc();
@@ -171,12 +173,15 @@ impl<S: Store> Settle<S> {
 
 fn settlement(outcomes: &[Outcome]) -> Settlement {
     let mut settlement = Settlement::default();
-    for Outcome { id, lease, end } in outcomes {
+    for Outcome { id, message_id, lease, end } in outcomes {
         match end {
-            End::Delivered { .. } => settlement.delivered.push(*id),
+            End::Delivered { .. } => {
+                settlement.delivered.push(Delivered { id: *id, message_id: *message_id });
+            }
             End::Dead { attempts, reason } => {
                 settlement.dead.push(Dead {
                     id: *id,
+                    message_id: *message_id,
                     lease: *lease,
                     attempts: *attempts,
                     reason: reason.clone(),
@@ -184,6 +189,7 @@ fn settlement(outcomes: &[Outcome]) -> Settlement {
             }
             End::Wait { attempts, wait, reason, .. } => settlement.waiting.push(Waiting {
                 id: *id,
+                message_id: *message_id,
                 lease: *lease,
                 attempts: *attempts,
                 wait: *wait,

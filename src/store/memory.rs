@@ -4,7 +4,9 @@
 //! call. The contract suite runs on it and on Postgres alike.
 
 use super::leases::{Lease, LeaseTable, Member, Standing};
-use super::{Ask, Bite, Census, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble};
+use super::{
+    Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
+};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -137,9 +139,9 @@ impl Table {
         self.leases.get(&lease.shard).is_some_and(|owned| owned.epoch == lease.epoch)
     }
 
-    fn change_under(&mut self, lease: Lease, id: i64, change: impl FnOnce(&mut Stored)) {
+    fn change_under(&mut self, lease: Lease, id: i64, message_id: Uuid, change: impl FnOnce(&mut Stored)) {
         if self.in_force(lease) {
-            self.change(id, change);
+            self.change(id, message_id, change);
         }
     }
 
@@ -176,10 +178,10 @@ impl Table {
             && earlier.into_iter().any(|other| other.refused() && other.row.ordering_key == row.ordering_key)
     }
 
-    fn change(&mut self, id: i64, change: impl FnOnce(&mut Stored)) {
-        if let Some(stored) = self.rows.get_mut(&id).filter(|stored| stored.pending()) {
-            change(stored);
-        }
+    /// True if there was such a row.
+    fn change(&mut self, id: i64, message_id: Uuid, change: impl FnOnce(&mut Stored)) -> bool {
+        let wanted = |stored: &&mut Stored| stored.pending() && stored.row.message_id == message_id;
+        self.rows.get_mut(&id).filter(wanted).map(change).is_some()
     }
 }
 
@@ -262,27 +264,28 @@ impl Store for MemoryStore {
         Ok(Horizon { xmin: 1, xmax: 1, pending })
     }
 
-    async fn settle(&self, settlement: &Settlement) -> Result<(), StoreError> {
+    async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
         let mut table = self.call()?;
         let now = Instant::now();
-        for id in &settlement.delivered {
-            table.change(*id, |stored| stored.delivered_at = Some(now));
+        let mut marked = 0;
+        for Delivered { id, message_id } in &settlement.delivered {
+            marked += u64::from(table.change(*id, *message_id, |stored| stored.delivered_at = Some(now)));
         }
         for waiting in &settlement.waiting {
-            table.change_under(waiting.lease, waiting.id, |stored| {
+            table.change_under(waiting.lease, waiting.id, waiting.message_id, |stored| {
                 stored.row.attempts = waiting.attempts;
                 stored.available_at = now + waiting.wait;
                 stored.last_error = Some(waiting.reason.clone());
             });
         }
         for dead in &settlement.dead {
-            table.change_under(dead.lease, dead.id, |stored| {
+            table.change_under(dead.lease, dead.id, dead.message_id, |stored| {
                 stored.row.attempts = dead.attempts;
                 stored.dead = true;
                 stored.last_error = Some(dead.reason.clone());
             });
         }
-        Ok(())
+        Ok(marked)
     }
 
     async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {

@@ -6,7 +6,8 @@
 //!    that is listed as in flight, never more than asked for.
 //! 2. With `keep_order`, a row is not returned while an earlier row of its key was refused and is
 //!    still pending.
-//! 3. [`Store::settle`] is all or nothing and may be run again with the same input.
+//! 3. [`Store::settle`] is all or nothing and may be run again with the same input. It writes to the very message that
+//!    was sent, not to whatever has its id.
 //! 4. No transaction outlives a call.
 //! 5. A row carries the lease it was read under; only rows of the leases in the question are returned. Refusals
 //!    are written only while that lease is in force, deliveries always.
@@ -155,11 +156,20 @@ pub struct Horizon {
 #[derive(Debug, Default, Clone)]
 pub struct Settlement {
     /// Confirmed and routed.
-    pub delivered: Vec<i64>,
+    pub delivered: Vec<Delivered>,
     /// Refused, to be tried again.
     pub waiting: Vec<Waiting>,
     /// Can never be delivered.
     pub dead: Vec<Dead>,
+}
+
+/// A row that was confirmed and routed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delivered {
+    /// Row id.
+    pub id: i64,
+    /// Its message, which is what was sent: after a failover the id may belong to another one.
+    pub message_id: Uuid,
 }
 
 /// A refused row that waits.
@@ -167,6 +177,8 @@ pub struct Settlement {
 pub struct Waiting {
     /// Row id.
     pub id: i64,
+    /// Its message.
+    pub message_id: Uuid,
     /// The lease it was read under.
     pub lease: Lease,
     /// Attempts including this one.
@@ -182,6 +194,8 @@ pub struct Waiting {
 pub struct Dead {
     /// Row id.
     pub id: i64,
+    /// Its message.
+    pub message_id: Uuid,
     /// The lease it was read under.
     pub lease: Lease,
     /// Attempts including the last.
@@ -272,8 +286,9 @@ pub trait Store: Send + Sync + 'static {
         ids: usize,
     ) -> impl Future<Output = Result<Horizon, StoreError>> + Send;
 
-    /// Writes outcomes.
-    fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// Writes outcomes; answers with how many of the delivered rows it has marked. Fewer than there are: some were
+    /// marked before, or their ids belong to other messages now.
+    fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<u64, StoreError>> + Send;
 
     /// Deletes expired rows among the next `rows` delivered ones after `after`.
     fn purge(

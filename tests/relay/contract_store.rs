@@ -6,7 +6,7 @@ use outbox_relay::store::leases::{LeaseTable, Member};
 use outbox_relay::store::memory::MemoryStore;
 use outbox_relay::store::postgres::Connector;
 use outbox_relay::store::{
-    Ask, Bite, Dead, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
+    Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
 };
 use sqlx::Executor;
 use std::collections::{HashMap, HashSet};
@@ -32,7 +32,7 @@ impl Subject for InMemory {
     async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize) {
         self.0.insert(Row {
             id,
-            message_id: uuid::Uuid::from_u128(id as u128),
+            message_id: message_id(id),
             route: Arc::new(Route { exchange: "x".to_owned(), routing_key: routing_key.to_owned() }),
             ordering_key: key.map(Into::into),
             payload: vec![b'x'; bytes].into(),
@@ -72,12 +72,12 @@ impl Subject for InPostgres {
 
     async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize) {
         let query = sqlx::query(
-            "insert into outbox (id, ordering_key, routing_key, payload) values ($1, $2, $3, repeat('x', $4))",
+            "insert into outbox (id, message_id, ordering_key, routing_key, payload) values ($1, $5, $2, $3, repeat('x', $4))",
         );
         self.world
             .db()
             .await
-            .execute(query.bind(id).bind(key).bind(routing_key).bind(bytes as i32))
+            .execute(query.bind(id).bind(key).bind(routing_key).bind(bytes as i32).bind(message_id(id)))
             .await
             .expect("insert");
     }
@@ -106,8 +106,23 @@ async fn ids(store: &impl Store, ask: Ask<'_>) -> Vec<i64> {
     store.poll(ask).await.expect("poll").rows.iter().map(|row| row.id).collect()
 }
 
+fn message_id(id: i64) -> uuid::Uuid {
+    uuid::Uuid::from_u128(id as u128)
+}
+
+fn sent(ids: impl IntoIterator<Item = i64>) -> Vec<Delivered> {
+    ids.into_iter().map(|id| Delivered { id, message_id: message_id(id) }).collect()
+}
+
 fn waiting(id: i64, wait: Duration) -> Settlement {
-    let waiting = Waiting { id, lease: LEASE, attempts: 1, wait, reason: "refused \0 for a test".to_owned() };
+    let waiting = Waiting {
+        id,
+        message_id: message_id(id),
+        lease: LEASE,
+        attempts: 1,
+        wait,
+        reason: "refused \0 for a test".to_owned(),
+    };
     Settlement { waiting: vec![waiting], ..Settlement::default() }
 }
 
@@ -126,6 +141,7 @@ async fn keeps_the_contract(subject: &impl Subject) {
     counts_and_purges(subject).await;
     reads_only_its_share(subject).await;
     refusals_need_the_lease_and_deliveries_do_not(subject).await;
+    outcomes_are_those_of_a_message_not_of_an_id(subject).await;
 }
 
 async fn polls_what_it_is_asked_for(subject: &impl Subject) {
@@ -155,10 +171,7 @@ async fn polls_what_it_is_asked_for(subject: &impl Subject) {
     let horizon = store.horizon(6, &ranges, &[3], 10).await.expect("horizon");
     assert_eq!(horizon.pending, [2], "pending ids in the ranges up to the last");
     assert!(horizon.xmin <= horizon.xmax);
-    store
-        .settle(&Settlement { delivered: (1..=20).collect(), ..Settlement::default() })
-        .await
-        .expect("settle");
+    store.settle(&Settlement { delivered: sent(1..=20), ..Settlement::default() }).await.expect("settle");
     assert!(ids(store, ask(100)).await.is_empty());
 }
 
@@ -178,10 +191,7 @@ async fn a_refused_row_holds_back_its_key(subject: &impl Subject) {
     assert_eq!(ids(store, ask(100)).await, [31, 32, 33, 34], "due again, and still before its followers");
     let rows = store.poll(ask(100)).await.expect("poll").rows;
     assert_eq!(rows.iter().find(|row| row.id == 33).map(|row| row.attempts), Some(1));
-    store
-        .settle(&Settlement { delivered: vec![31, 32, 33, 34, 35], ..Settlement::default() })
-        .await
-        .expect("settle");
+    store.settle(&Settlement { delivered: sent(31..=35), ..Settlement::default() }).await.expect("settle");
 }
 
 async fn parks_probes_and_releases(subject: &impl Subject) {
@@ -210,10 +220,7 @@ async fn parks_probes_and_releases(subject: &impl Subject) {
     assert_eq!(store.release(&route, 100).await.expect("release"), 1);
     assert_eq!(store.release(&route, 100).await.expect("release"), 0);
     assert_eq!(ids(store, ask(100)).await, [41, 45]);
-    store
-        .settle(&Settlement { delivered: (41..=45).collect(), ..Settlement::default() })
-        .await
-        .expect("settle");
+    store.settle(&Settlement { delivered: sent(41..=45), ..Settlement::default() }).await.expect("settle");
 }
 
 async fn settles_all_kinds_and_twice(subject: &impl Subject) {
@@ -222,8 +229,14 @@ async fn settles_all_kinds_and_twice(subject: &impl Subject) {
         subject.insert(id, None, "r", 10).await;
     }
     let mut settlement = waiting(52, Duration::from_secs(60));
-    settlement.delivered = vec![51];
-    settlement.dead = vec![Dead { id: 53, lease: LEASE, attempts: 1, reason: "never".to_owned() }];
+    settlement.delivered = sent([51]);
+    settlement.dead = vec![Dead {
+        id: 53,
+        message_id: message_id(53),
+        lease: LEASE,
+        attempts: 1,
+        reason: "never".to_owned(),
+    }];
     for _ in 0..2 {
         store.settle(&settlement).await.expect("settle");
         let census = store.census().await.expect("census");
@@ -282,7 +295,7 @@ async fn reads_only_its_share(subject: &impl Subject) {
     assert_eq!(found, (101..=200).collect::<Vec<_>>(), "every row is in one shard");
     let shards: HashSet<u32> = shard_of_key.values().copied().collect();
     assert!(shards.len() > 1, "keys are spread");
-    store.settle(&Settlement { delivered: found, ..Settlement::default() }).await.expect("settle");
+    store.settle(&Settlement { delivered: sent(found), ..Settlement::default() }).await.expect("settle");
 }
 
 async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
@@ -293,13 +306,39 @@ async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
     let late = Lease { epoch: LEASE.epoch - 1, ..LEASE };
     let mut settlement = waiting(301, Duration::from_secs(60));
     settlement.waiting[0].lease = late;
-    settlement.dead = vec![Dead { id: 302, lease: late, attempts: 1, reason: "late".to_owned() }];
-    settlement.delivered = vec![303];
+    settlement.dead = vec![Dead {
+        id: 302,
+        message_id: message_id(302),
+        lease: late,
+        attempts: 1,
+        reason: "late".to_owned(),
+    }];
+    settlement.delivered = sent([303]);
     store.settle(&settlement).await.expect("settle");
     let rows = store.poll(ask(100)).await.expect("poll").rows;
     let left: Vec<(i64, u32)> =
         rows.iter().map(|row| (row.id, row.attempts)).filter(|(id, _)| *id > 300).collect();
     assert_eq!(left, [(301, 0), (302, 0)], "an earlier owner changes nothing but what is true");
+}
+
+/// After a failover that lost transactions, an id may belong to another message.
+async fn outcomes_are_those_of_a_message_not_of_an_id(subject: &impl Subject) {
+    let store = subject.store();
+    for id in 401..=404 {
+        subject.insert(id, None, "r", 10).await;
+    }
+    let other = message_id(999);
+    let mut settlement = waiting(402, Duration::from_secs(60));
+    settlement.waiting[0].message_id = other;
+    settlement.dead =
+        vec![Dead { id: 403, message_id: other, lease: LEASE, attempts: 1, reason: "other".to_owned() }];
+    settlement.delivered = sent([404]);
+    settlement.delivered.push(Delivered { id: 401, message_id: other });
+    assert_eq!(store.settle(&settlement).await.expect("settle"), 1, "one of two was marked");
+    let mut left = ids(store, ask(100)).await;
+    left.retain(|id| *id > 400);
+    assert_eq!(left, [401, 402, 403]);
+    assert_eq!(store.settle(&settlement).await.expect("settle"), 0, "marked before");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -133,7 +133,6 @@ async fn a_lagging_standby_loses_what_it_did_not_get_and_no_more() {
 
 /// Confirmed, not yet marked, and lost with the old primary: a new row that takes the id is not taken for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "known limit: marks go by id alone (CHANGELOG.md)"]
 async fn a_row_with_the_id_of_a_lost_one_is_not_taken_for_it() {
     let mut pair = Pair::new(&[]).await;
     pair.world.write(100, 10).await;

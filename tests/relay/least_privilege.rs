@@ -13,9 +13,6 @@ use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind};
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 
-/// Tables of the relay's own beside the outbox; it reads and writes them.
-const OWN_TABLES: [&str; 2] = ["outbox_lease", "outbox_replica"];
-
 /// The grants of the documents, for roles of this test; answers with the URLs of writer and relay.
 async fn roles(world: &World) -> (String, String) {
     let documents = std::fs::read_to_string(root().join("docs/OPERATING.md")).expect("OPERATING.md");
@@ -254,7 +251,11 @@ async fn a_hostile_table_name_never_becomes_sql() {
             let (code, output, error) = run(&[command], &pairs).await;
             assert_eq!(code, 0, "{command} with {name:?}: {output}{error}");
         }
-        assert_eq!(world.number(tables).await, before + 2, "the table and its migrations, for {name:?}");
+        assert_eq!(
+            world.number(tables).await,
+            before + 4,
+            "the table, its migrations and leases, for {name:?}"
+        );
         world.sql(&format!("insert into {quoted} (routing_key, payload) values ('ok.1', '{number}')")).await;
         let relay = world.process(&[("OUTBOX_TABLE", &quoted), ("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
         world.until(&format!("select count(*) from {quoted} where delivered_at is not null"), 1).await;

@@ -16,13 +16,16 @@ mod statements;
 
 pub use session::Connector;
 
-use super::{Ask, Bite, Census, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError};
+use super::{
+    Ask, Bite, Census, Delivered, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError,
+};
 use crate::config::Settings;
 use session::{Lane, Session, TableAccess, Unit};
 use sqlx::Row as _;
 use statements::Statements;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// Outbox rows in a Postgres table.
 #[derive(Debug)]
@@ -76,9 +79,10 @@ impl PostgresStore {
         Ok(read)
     }
 
-    async fn run_settle(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
+    async fn run_settle(&self, session: &mut Session, settlement: &Settlement) -> Result<u64, sqlx::Error> {
+        let mut marked = 0;
         if !settlement.delivered.is_empty() {
-            self.mark_delivered(session, settlement).await?;
+            marked = self.mark_delivered(session, settlement).await?;
         }
         if !settlement.waiting.is_empty() {
             self.mark_waiting(session, settlement).await?;
@@ -86,19 +90,24 @@ impl PostgresStore {
         if !settlement.dead.is_empty() {
             self.mark_dead(session, settlement).await?;
         }
-        Ok(())
+        Ok(marked)
     }
 
     async fn mark_delivered(
         &self,
         session: &mut Session,
         settlement: &Settlement,
-    ) -> Result<(), sqlx::Error> {
+    ) -> Result<u64, sqlx::Error> {
         let statement = match self.keep_delivered {
             true => &self.statements.mark_delivered,
             false => &self.statements.delete_delivered,
         };
-        session.query(statement).bind(&settlement.delivered).execute(session.connection()).await.map(drop)
+        let mut rows = settlement.delivered.clone();
+        rows.sort_unstable_by_key(|row| row.id);
+        let (ids, message_ids): (Vec<i64>, Vec<Uuid>) =
+            rows.into_iter().map(|Delivered { id, message_id }| (id, message_id)).unzip();
+        let query = session.query(statement).bind(ids).bind(message_ids);
+        Ok(query.execute(session.connection()).await?.rows_affected())
     }
 
     async fn mark_waiting(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
@@ -110,7 +119,8 @@ impl PostgresStore {
             .bind(rows.iter().map(|row| row.wait.as_secs_f64() * 1000.0).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>());
+            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message_id).collect::<Vec<_>>());
         query.execute(session.connection()).await.map(drop)
     }
 
@@ -122,7 +132,8 @@ impl PostgresStore {
             .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>());
+            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message_id).collect::<Vec<_>>());
         query.execute(session.connection()).await.map(drop)
     }
 
@@ -249,7 +260,7 @@ impl Store for PostgresStore {
         self.reading.call(Unit::Statement, horizon).await
     }
 
-    async fn settle(&self, settlement: &Settlement) -> Result<(), StoreError> {
+    async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
         let kinds =
             [!settlement.delivered.is_empty(), !settlement.waiting.is_empty(), !settlement.dead.is_empty()];
         let unit =

@@ -79,6 +79,7 @@ fn name_tables(text: &str, table: &TableName) -> String {
     let literal = format!("'{}'", lease.replace('\'', "''"));
     text.replace("{columns}", include_str!("../sql/columns.sql").trim())
         .replace("{shard}", include_str!("../sql/shard.sql").trim())
+        .replace("{sent}", include_str!("../sql/sent.sql").trim())
         .replace("{in_turn}", include_str!("../sql/in_turn.sql").trim())
         .replace("{outbox}", &table.quoted())
         .replace("{lease_name}", &literal)

@@ -1,2 +1,3 @@
 -- Confirmed and routed, and nobody wants to keep it (retention 0).
-delete from {outbox} where id = any ($1::bigint[])
+-- $1 ids, ascending    $2 message_id of each
+delete from {outbox} as o where {sent}

@@ -1,8 +1,8 @@
 -- Can never be delivered. Absolute values, so it may be run again. Only by the owner of the shard.
--- $1 id    $2 attempts    $3 reason    $4 shard    $5 epoch
+-- $1 id    $2 attempts    $3 reason    $4 shard    $5 epoch    $6 message_id
 update {outbox} as o
 set attempts = refused.attempts, dead_at = clock_timestamp(), last_error = refused.reason
-from unnest($1::bigint[], $2::int[], $3::text[], $4::int[], $5::bigint[])
-    as refused (id, attempts, reason, shard, epoch)
-where o.id = refused.id and o.delivered_at is null and o.dead_at is null
+from unnest($1::bigint[], $2::int[], $3::text[], $4::int[], $5::bigint[], $6::uuid[])
+    as refused (id, attempts, reason, shard, epoch, message_id)
+where o.id = refused.id and o.message_id = refused.message_id and o.delivered_at is null and o.dead_at is null
   and exists (select from {lease} as lease where lease.shard = refused.shard and lease.epoch = refused.epoch)

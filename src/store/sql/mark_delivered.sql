@@ -1,4 +1,5 @@
 -- Confirmed and routed. True whoever writes it and whenever, so it may be run again.
-update {outbox}
+-- $1 ids, ascending    $2 message_id of each
+update {outbox} as o
 set delivered_at = clock_timestamp(), dead_at = null
-where id = any ($1::bigint[]) and delivered_at is null
+where {sent} and o.delivered_at is null
