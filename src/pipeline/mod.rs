@@ -31,6 +31,7 @@
 //! 5. **Stopping is the end of input.** `poll` ends on the signal, workers when `poll` has, settle
 //!    when the workers have; settle's last write is never cancelled.
 
+pub mod gaps;
 pub mod known;
 pub mod poll;
 pub mod publish;

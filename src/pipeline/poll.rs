@@ -6,6 +6,7 @@
 //!
 //! It reads only while the broker takes messages: an outage fills no memory.
 
+use super::gaps::{Gaps, HORIZON_IDS};
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
@@ -36,13 +37,6 @@ const FIRST_ROW_BYTES: usize = 256 * 1024;
 const SHORT_READ_REST: u32 = 2;
 /// Longest such rest: a link that stood still, or a process that was frozen, is part of what a read took.
 const SHORT_READ_REST_MAX: Duration = Duration::from_secs(10);
-/// How often gaps between ids are looked at.
-const HORIZON_INTERVAL: Duration = Duration::from_secs(1);
-/// How long an id must have been passed over, besides the end of every transaction that ran then. Covers the
-/// moment between `nextval` and the first write of a transaction, in which it has no id yet.
-const GAP_AGE: Duration = Duration::from_secs(5);
-/// Pending ids looked at per horizon.
-const HORIZON_IDS: usize = 1000;
 /// Waiting rows made due with one statement when a route works again.
 const RELEASE_ROWS: usize = 1000;
 
@@ -66,8 +60,7 @@ pub struct Poll<S> {
     known: Known,
     /// Largest id ever read.
     last_read: i64,
-    gaps: Option<GapCheck>,
-    last_horizon: Instant,
+    gaps: Gaps,
     last_sweep: Instant,
     sweeping: bool,
     routes: Routes,
@@ -116,14 +109,6 @@ struct InFlight {
     probe: bool,
     /// Set for rows whose success is news: their route has refused lately.
     watched: Option<Arc<Route>>,
-}
-
-/// A note of what had been passed over when, and which transactions might still fill it.
-#[derive(Debug, Clone, Copy)]
-struct GapCheck {
-    last: i64,
-    xmax: u64,
-    at: Instant,
 }
 
 /// What a turn of the loop found.
@@ -175,8 +160,7 @@ impl<S: Store> Poll<S> {
             shards: Shards::default(),
             known: Known::default(),
             last_read: i64::MIN,
-            gaps: None,
-            last_horizon: Instant::now(),
+            gaps: Gaps::default(),
             last_sweep: Instant::now(),
             sweeping: false,
             routes: Routes::new(settings.retry_min, settings.retry_max),
@@ -330,7 +314,7 @@ impl<S: Store> Poll<S> {
             self.known.add(*id);
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
-        self.gaps = None;
+        self.gaps = Gaps::default();
     }
 
     async fn read(&mut self) -> Result<Found, StoreError> {
@@ -562,29 +546,14 @@ impl<S: Store> Poll<S> {
 
     /// Learns which passed-over ids will never appear, so that they are not asked for again.
     async fn close_gaps(&mut self) -> Result<(), StoreError> {
-        if self.last_horizon.elapsed() < HORIZON_INTERVAL || !self.known.has_gap_below(self.last_read) {
+        if !self.known.has_gap_below(self.last_read) || !self.gaps.is_due() {
             return Ok(());
         }
-        self.last_horizon = Instant::now();
-        let check = self.gaps;
-        let last = check.map_or(i64::MIN, |check| check.last);
         let ranges = self.known.unknown(RANGES_MAX).ranges;
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
-        let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
+        let horizon = self.store.horizon(self.gaps.last(), &ranges, &in_flight, HORIZON_IDS);
         let horizon = self.pulse.beat_during(horizon).await?;
-        let fresh = GapCheck { last: self.last_read, xmax: horizon.xmax, at: Instant::now() };
-        let Some(check) = check else {
-            self.gaps = Some(fresh);
-            return Ok(());
-        };
-        let nothing_can_appear = horizon.xmin >= check.xmax && check.at.elapsed() >= GAP_AGE;
-        if nothing_can_appear || mutant!("close-gaps-at-once") {
-            let complete = horizon.pending.len() < HORIZON_IDS;
-            let last =
-                if complete { check.last } else { horizon.pending.last().copied().unwrap_or(check.last) };
-            self.known.close_gaps(last, &horizon.pending);
-            self.gaps = Some(fresh);
-        }
+        self.gaps.take(&horizon, self.last_read, &mut self.known);
         Ok(())
     }
 }

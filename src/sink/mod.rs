@@ -40,6 +40,11 @@ impl Refusal {
     pub fn new(fault: Fault, reason: impl Into<String>) -> Self {
         Self { fault, reason: reason.into() }
     }
+
+    /// The permit did not allow it.
+    pub fn without_lease() -> Self {
+        Self::new(Fault::Fenced, "not sent: the lease of its shard is not in force")
+    }
 }
 
 /// Whose fault a refusal is. What follows from each is decided in [`crate::retry`].

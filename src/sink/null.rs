@@ -1,6 +1,6 @@
 //! A sink that takes everything and keeps nothing: for benchmarks of all that is not the broker.
 
-use super::{Publisher, Sink, SinkState, Verdict};
+use super::{Publisher, Refusal, Sink, SinkState, Verdict};
 use crate::ownership::Permit;
 use crate::store::Row;
 use std::sync::Arc;
@@ -44,7 +44,8 @@ impl Sink for NullSink {
 
 impl Publisher for NullSink {
     async fn publish(&mut self, batch: &[Row], permit: &Permit, _: &CancellationToken) -> Vec<Verdict> {
-        let verdicts: Vec<Verdict> = batch.iter().map(|row| permit.check(row)).collect();
+        let verdict = |row| if permit.allows(row) { Ok(()) } else { Err(Refusal::without_lease()) };
+        let verdicts: Vec<Verdict> = batch.iter().map(verdict).collect();
         self.taken.fetch_add(verdicts.iter().flatten().count() as u64, Relaxed);
         verdicts
     }

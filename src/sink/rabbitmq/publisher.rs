@@ -307,8 +307,8 @@ impl RabbitPublisher {
             let permit = round.permit;
             confirms.push(async move {
                 // Here, at the first poll, and nowhere earlier: what comes next hands the frames over.
-                if let Err(refusal) = permit.check(row) {
-                    return (slot, Err(refusal));
+                if !permit.allows(row) {
+                    return (slot, Err(Refusal::without_lease()));
                 }
                 (slot, Ok(async { publish.await?.await }.await))
             });

@@ -1,7 +1,7 @@
 //! A sink that does what a script says: for failures that no real broker can be made to play on cue.
 
 use outbox_relay::ownership::Permit;
-use outbox_relay::sink::{Publisher, Sink, SinkState, Verdict};
+use outbox_relay::sink::{Publisher, Refusal, Sink, SinkState, Verdict};
 use outbox_relay::store::Row;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
@@ -53,7 +53,7 @@ impl Publisher for ScriptedSink {
         let mut script = self.script.lock().unwrap();
         let mut verdicts = Vec::with_capacity(batch.len());
         for row in batch {
-            let verdict = permit.check(row).and_then(|()| script(row));
+            let verdict = if permit.allows(row) { script(row) } else { Err(Refusal::without_lease()) };
             if verdict.is_ok() {
                 self.taken.lock().unwrap().push(row.clone());
             }
