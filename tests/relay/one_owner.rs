@@ -97,6 +97,25 @@ async fn replicas_that_come_and_go_in_order_repeat_nothing() {
     world.finish(Allowed::default()).await;
 }
 
+/// Confirms that take their time: a shard changes hands only when the last of them is in.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_is_handed_over_has_nothing_under_way() {
+    let world = World::new().await;
+    let proxy = Proxy::to(&world.servers().amqp_url).await;
+    let url = proxy.url(&world.servers().amqp_url);
+    let slow = world.process(&[("AMQP_URL", &url)]).await;
+    slow.until_owner().await;
+    proxy.set(Link::Delay(Duration::from_millis(400)));
+    backlog(&world).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 100).await;
+    let quick = world.process(&[]).await;
+    shared(&[&slow, &quick]).await;
+    proxy.set(Link::Pass);
+    world.drained().await;
+    assert!(slow.terminate().await.success() && quick.terminate().await.success());
+    world.finish(Allowed::default()).await;
+}
+
 /// `kill -9`: the leases of the dead run out, and the other publishes its keys.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_keys_of_a_killed_replica_are_taken_over() {
