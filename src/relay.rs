@@ -66,7 +66,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         let (stopping, cut, aside) = (stop.child_token(), CancellationToken::new(), CancellationToken::new());
         // Each leaving shard is told once, so there is room for all.
         let (drained, drained_in) = mpsc::channel(self.settings.shards * 2);
-        let mut beside = self.start_beside(listener, drained_in, &aside);
+        let mut beside = self.start_beside(listener, drained_in, &stopping, &aside);
         let mut stages = self.start_pipeline(drained, &stopping, &cut);
 
         let failure = tokio::select! {
@@ -82,6 +82,10 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         stopping.cancel();
         let failure = self.drain(&mut stages, failure, &cut).await;
 
+        if cut.is_cancelled() {
+            // Messages without an answer may still be in the connection's buffers; others must not have their shards yet.
+            self.sink.close().await;
+        }
         aside.cancel();
         self.sink.close().await;
         while beside.join_next().await.is_some() {}
@@ -184,6 +188,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         &self,
         listener: TcpListener,
         drained: mpsc::Receiver<Lease>,
+        stopping: &CancellationToken,
         stop: &CancellationToken,
     ) -> JoinSet<()> {
         let mut beside = JoinSet::new();
@@ -192,6 +197,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             holdings: Arc::clone(&self.holdings),
             drained,
             sink: self.sink.state(),
+            stopping: stopping.clone(),
         };
         let (board, pulse) = (Arc::clone(&self.board), self.pulses.start("ownership"));
         let keeper = Keeper::new(ends, &self.settings, board, pulse, Arc::clone(&self.metrics));

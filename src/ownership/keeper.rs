@@ -30,11 +30,17 @@ pub struct Keeper<S> {
     holdings: Arc<watch::Sender<Holdings>>,
     drained: mpsc::Receiver<Lease>,
     sink: watch::Receiver<SinkState>,
+    /// The relay reads no more: it takes nothing more either.
+    stopping: CancellationToken,
+    /// The broker has been reached at least once.
+    reached: bool,
     /// Since when the broker has been out of reach.
     away_since: Option<Instant>,
     /// Drained and not given back yet.
     empty: HashSet<Lease>,
     renewed: Option<Instant>,
+    /// A renewal was sent, whether it was answered or not.
+    asked: bool,
     board: Arc<Board>,
     pulse: Pulse,
     metrics: Arc<Metrics>,
@@ -51,6 +57,8 @@ pub struct Ends<S> {
     pub drained: mpsc::Receiver<Lease>,
     /// Whether the broker can be reached.
     pub sink: watch::Receiver<SinkState>,
+    /// The relay has begun to stop.
+    pub stopping: CancellationToken,
 }
 
 impl<S: LeaseTable> Keeper<S> {
@@ -68,13 +76,16 @@ impl<S: LeaseTable> Keeper<S> {
         Self {
             store: ends.store,
             terms,
-            member: Member { replica, shards, ready: true, lease_time: terms.lease_time },
+            member: Member { replica, shards, ready: false, lease_time: terms.lease_time },
             holdings: ends.holdings,
             drained: ends.drained,
             sink: ends.sink,
+            stopping: ends.stopping,
+            reached: false,
             away_since: None,
             empty: HashSet::new(),
             renewed: None,
+            asked: false,
             board,
             pulse,
             metrics,
@@ -84,7 +95,7 @@ impl<S: LeaseTable> Keeper<S> {
     /// Keeps the leases until `stop`, which comes after the pipeline has ended; then gives them back.
     pub async fn run(mut self, stop: CancellationToken) {
         self.keep(&stop).await;
-        if self.renewed.is_some() {
+        if self.asked {
             self.leave().await;
         }
     }
@@ -123,7 +134,7 @@ impl<S: LeaseTable> Keeper<S> {
     /// Renews when it is time to, or when a look shows that something is to be taken or given back.
     async fn turn(&mut self) -> Result<(), StoreError> {
         let due = self.renewed.is_none_or(|renewed| renewed.elapsed() >= self.terms.renew_every);
-        if due || !self.empty.is_empty() {
+        if due || !self.empty.is_empty() || self.is_ready() != self.member.ready {
             return self.renew().await;
         }
         let standing = self.pulse.beat_during(self.store.look(self.member)).await?;
@@ -142,7 +153,7 @@ impl<S: LeaseTable> Keeper<S> {
             // Nothing of ours will be confirmed; whoever reaches the broker may go on.
             self.empty.extend(self.holdings.borrow().leaving());
         }
-        self.member.ready = self.away_for() < self.terms.tell_after;
+        self.member.ready = self.is_ready();
         let drained: Vec<Lease> = self.empty.iter().copied().collect();
         if !drained.is_empty() {
             // Nothing may be sent any more when the table learns of it.
@@ -150,6 +161,7 @@ impl<S: LeaseTable> Keeper<S> {
         }
         // Before the question leaves, so that trust ends before the lease does, however long the answer takes.
         let sent = Instant::now();
+        self.asked = true;
         let standing = self.pulse.beat_during(self.store.renew(self.member, &drained)).await?;
         self.renewed = Some(sent);
         let given_back = std::mem::take(&mut self.empty);
@@ -208,6 +220,11 @@ impl<S: LeaseTable> Keeper<S> {
         if told_only { self.member.shards } else { standing.quota }
     }
 
+    /// Counts for a part of its own. One that stops, or has never reached the broker, leaves it to others, if there are any.
+    fn is_ready(&self) -> bool {
+        self.reached && self.away_for() < self.terms.tell_after && !self.stopping.is_cancelled()
+    }
+
     /// How long the broker has been out of reach.
     fn away_for(&self) -> Duration {
         self.away_since.map_or(Duration::ZERO, |since| since.elapsed())
@@ -215,6 +232,7 @@ impl<S: LeaseTable> Keeper<S> {
 
     fn note_broker(&mut self) {
         let away = matches!(*self.sink.borrow_and_update(), SinkState::Away { .. });
+        self.reached |= !away;
         self.away_since = away.then(|| self.away_since.unwrap_or_else(Instant::now));
     }
 

@@ -24,7 +24,8 @@
 //! 2. **Only confirmed and routed rows become [`Fate::Delivered`]** (or those that
 //!    `OUTBOX_UNROUTABLE=accept` says to count).
 //! 3. **A refused row holds its key.** From the refusal on, its worker gives back every row of that
-//!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed. From then on the
+//!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed and no row of the key
+//!    is in flight any more ([`keys`]). From then on the
 //!    table holds the key back. There is no moment at which neither does.
 //! 4. **A row without a lease is not sent.** It goes back, its key is held as above, and its shard is not read until all
 //!    of it that was in flight is settled ([`shards`]).
@@ -32,6 +33,7 @@
 //!    when the workers have; settle's last write is never cancelled.
 
 pub mod gaps;
+pub mod keys;
 pub mod known;
 pub mod poll;
 pub mod publish;

@@ -7,6 +7,7 @@
 //! It reads only while the broker takes messages: an outage fills no memory.
 
 use super::gaps::{Gaps, HORIZON_IDS};
+use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
@@ -57,6 +58,7 @@ pub struct Poll<S> {
     in_flight: HashMap<i64, InFlight>,
     bytes_in_flight: usize,
     shards: Shards,
+    keys: Keys,
     known: Known,
     /// Largest id ever read.
     last_read: i64,
@@ -102,7 +104,9 @@ struct Limits {
 #[derive(Debug)]
 struct InFlight {
     bytes: usize,
-    shard: u32,
+    lease: Lease,
+    /// Its key, if keys order anything.
+    key: Option<Arc<str>>,
     /// The worker that has it, and that is told when its key may go on.
     worker: usize,
     /// Sent to try a parked route.
@@ -158,6 +162,7 @@ impl<S: Store> Poll<S> {
             in_flight: HashMap::new(),
             bytes_in_flight: 0,
             shards: Shards::default(),
+            keys: Keys::default(),
             known: Known::default(),
             last_read: i64::MIN,
             gaps: Gaps::default(),
@@ -196,8 +201,7 @@ impl<S: Store> Poll<S> {
             match found {
                 Found::More => continue,
                 Found::TooLarge => {
-                    let settled = self.pulse.beat_during(self.settled.recv()).await;
-                    self.settle(settled).await;
+                    self.wait_for_a_change().await;
                     continue;
                 }
                 Found::Some => pause = PAUSE_MIN,
@@ -247,6 +251,20 @@ impl<S: Store> Poll<S> {
                 Err(changed) => changed?,
             }
             self.take_settled().await;
+        }
+    }
+
+    /// Waits until a row is settled, or shards come or go.
+    async fn wait_for_a_change(&mut self) {
+        let event = async {
+            tokio::select! {
+                biased;
+                settled = self.settled.recv() => Some(settled),
+                Ok(()) = self.holdings.changed() => None,
+            }
+        };
+        if let Some(settled) = self.pulse.beat_during(event).await {
+            self.settle(settled).await;
         }
     }
 
@@ -354,13 +372,15 @@ impl<S: Store> Poll<S> {
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
         let started = Instant::now();
-        let Read { rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
+        let Read { mut rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
         self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
         self.delays = Delays::default();
         if self.sweeping && !more {
             self.sweeping = false;
             self.last_sweep = Instant::now();
         }
+        let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
+        rows.retain(|row| !held(row));
         let found = match (more, rows.is_empty()) {
             (true, false) => Found::More,
             (true, true) => Found::TooLarge,
@@ -402,9 +422,13 @@ impl<S: Store> Poll<S> {
         self.known.add(row.id);
         self.bytes_in_flight += row.bytes();
         let probe = worker == self.prober();
-        self.in_flight
-            .insert(row.id, InFlight { bytes: row.bytes(), shard: row.lease.shard, worker, probe, watched });
-        self.shards.sent(row.lease.shard);
+        let key = row.ordering_key.clone().filter(|_| self.limits.keep_order);
+        if let Some(key) = &key {
+            self.keys.sent(key);
+        }
+        self.shards.sent(row.lease);
+        let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
+        self.in_flight.insert(row.id, place);
         self.show_in_flight();
         // Never waits: the channel has a place for every row in flight.
         let _ = self.workers[worker].send(Work::Publish(row)).await;
@@ -438,11 +462,13 @@ impl<S: Store> Poll<S> {
             // Settle is gone; supervision ends us.
             return std::future::pending().await;
         };
-        let Some(InFlight { bytes, shard, worker, probe, watched }) = self.in_flight.remove(&id) else {
-            return;
-        };
+        let Some(settled) = self.in_flight.remove(&id) else { return };
+        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched } = settled;
         self.bytes_in_flight -= bytes;
-        self.shards.settled(shard);
+        self.shards.settled(lease);
+        if let Some(key) = &key_in_flight {
+            self.keys.settled(key);
+        }
         self.show_in_flight();
         match fate {
             Fate::Delivered { certain } => {
@@ -461,7 +487,7 @@ impl<S: Store> Poll<S> {
             Fate::Fenced { key } => {
                 self.known.remove(id);
                 self.end_probe(watched, probe);
-                self.shards.fenced(shard, worker, key);
+                self.shards.fenced(lease.shard, worker, key);
             }
             Fate::Waiting { key, route, reason, fault } => {
                 self.known.remove(id);
@@ -472,9 +498,14 @@ impl<S: Store> Poll<S> {
                     self.end_probe(watched, probe);
                 }
                 if let Some(key) = key.filter(|_| self.limits.keep_order) {
-                    // The next read sees the committed wait, so the worker may take this key again.
-                    let _ = self.workers[worker].send(Work::Resume(key)).await;
+                    self.keys.refused(key, worker);
                 }
+            }
+        }
+        if let Some(key) = key_in_flight {
+            for worker in self.keys.take_resumed(&key) {
+                // The table holds the key back from here on.
+                let _ = self.workers[worker].send(Work::Resume(Arc::clone(&key))).await;
             }
         }
     }
@@ -531,11 +562,19 @@ impl<S: Store> Poll<S> {
         let share = Share { shards: self.limits.shards, leases: &leases };
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match self.pulse.beat_during(probe).await {
+            // Later rows of its key are still on their way back.
+            Ok(Some(Row { ordering_key: Some(key), .. })) if self.keys.is_held(&key) => {
+                self.routes.probe_released(&route, Instant::now());
+            }
             Ok(Some(row)) => {
                 let prober = self.prober();
                 self.send(row, prober).await;
             }
-            Ok(None) => self.routes.nothing_waits(&route),
+            Ok(None) if leases.len() == self.holdings.borrow().leases().len() => {
+                self.routes.nothing_waits(&route);
+            }
+            // Its rows may be in shards that are not read at this moment.
+            Ok(None) => self.routes.probe_released(&route, Instant::now()),
             Err(error) => {
                 self.routes.probe_released(&route, Instant::now());
                 return Err(error);

@@ -1,11 +1,12 @@
 //! What poll keeps in mind per shard: how much is in flight, and which shards must run empty before they are read
 //! again or given back.
 //!
-//! A shard runs empty for two reasons:
+//! A shard runs empty for three reasons:
 //!
 //! - **Rows of it came back unsent** because the lease was not in force at the moment of sending. Their keys are held
 //!   by the workers; other rows of those keys may be on their way back too. Only when all of them are back is id order
 //!   right again.
+//! - **It was lost and is held anew**: what was read under the earlier lease may end without being written.
 //! - **It is leaving**: another replica is to have it, with nothing of ours on the way.
 
 use crate::ownership::Holdings;
@@ -17,7 +18,8 @@ use std::time::Instant;
 /// Shards with rows in flight or with a past.
 #[derive(Debug, Default)]
 pub struct Shards {
-    in_flight: HashMap<u32, usize>,
+    /// By the lease that rows were read under; few besides those that are held.
+    in_flight: HashMap<Lease, usize>,
     /// Held keys, with the worker that holds them, of shards that run empty.
     recovering: HashMap<u32, Vec<(usize, Arc<str>)>>,
     /// What was read last time, to notice what is new.
@@ -27,17 +29,17 @@ pub struct Shards {
 }
 
 impl Shards {
-    /// A row of this shard is in flight.
-    pub fn sent(&mut self, shard: u32) {
-        *self.in_flight.entry(shard).or_default() += 1;
+    /// A row read under this lease is in flight.
+    pub fn sent(&mut self, lease: Lease) {
+        *self.in_flight.entry(lease).or_default() += 1;
     }
 
-    /// A row of this shard is settled.
-    pub fn settled(&mut self, shard: u32) {
-        if let Some(count) = self.in_flight.get_mut(&shard) {
+    /// A row read under this lease is settled.
+    pub fn settled(&mut self, lease: Lease) {
+        if let Some(count) = self.in_flight.get_mut(&lease) {
             *count -= 1;
             if *count == 0 {
-                self.in_flight.remove(&shard);
+                self.in_flight.remove(&lease);
             }
         }
     }
@@ -53,15 +55,20 @@ impl Shards {
         if self.recovering.is_empty() {
             return Vec::new();
         }
-        let in_flight = &self.in_flight;
-        let empty = self.recovering.extract_if(|shard, _| !in_flight.contains_key(shard));
+        let busy: HashSet<u32> = self.in_flight.keys().map(|lease| lease.shard).collect();
+        let empty = self.recovering.extract_if(|shard, _| !busy.contains(shard));
         empty.flat_map(|(_, keys)| keys).collect()
     }
 
     /// What may be read now.
     pub fn readable(&self, holdings: &Holdings) -> Vec<Lease> {
         let mut leases = holdings.readable(Instant::now());
-        leases.retain(|lease| !self.recovering.contains_key(&lease.shard));
+        // What was read under an earlier lease may end unwritten; until it has, a later row must not be read.
+        let earlier =
+            |lease: &Lease| self.in_flight.keys().any(|other| other.shard == lease.shard && other != lease);
+        let all_held =
+            self.in_flight.len() <= leases.len() && self.in_flight.keys().all(|lease| leases.contains(lease));
+        leases.retain(|lease| !self.recovering.contains_key(&lease.shard) && (all_held || !earlier(lease)));
         leases
     }
 
@@ -92,7 +99,7 @@ impl Shards {
         }
         let leaving = holdings.leaving();
         self.told.retain(|lease| leaving.contains(lease));
-        let empty = |lease: &Lease| !self.in_flight.contains_key(&lease.shard);
+        let empty = |lease: &Lease| !self.in_flight.keys().any(|other| other.shard == lease.shard);
         let drained: Vec<Lease> =
             leaving.into_iter().filter(empty).filter(|lease| !self.told.contains(lease)).collect();
         self.told.extend(&drained);
@@ -121,13 +128,13 @@ mod tests {
     #[test]
     fn a_shard_with_fenced_rows_is_read_again_when_it_has_run_empty() {
         let (mut shards, held) = (Shards::default(), holdings(4, &[lease(0, 1), lease(1, 1)]));
-        shards.sent(0);
-        shards.sent(0);
-        shards.settled(0);
+        shards.sent(lease(0, 1));
+        shards.sent(lease(0, 1));
+        shards.settled(lease(0, 1));
         shards.fenced(0, 3, Some("key".into()));
         assert_eq!(shards.readable(&held), [lease(1, 1)], "not while a row of it is in flight");
         assert!(shards.take_resumed().is_empty());
-        shards.settled(0);
+        shards.settled(lease(0, 1));
         assert_eq!(shards.take_resumed(), [(3, "key".into())]);
         assert_eq!(shards.readable(&held), [lease(0, 1), lease(1, 1)]);
     }
@@ -135,10 +142,10 @@ mod tests {
     #[test]
     fn a_leaving_shard_is_drained_once() {
         let (mut shards, held) = (Shards::default(), holdings(1, &[lease(0, 1), lease(1, 1), lease(2, 1)]));
-        shards.sent(1);
+        shards.sent(lease(1, 1));
         assert_eq!(shards.take_drained(&held), [lease(2, 1)]);
         assert!(shards.take_drained(&held).is_empty(), "told once");
-        shards.settled(1);
+        shards.settled(lease(1, 1));
         assert_eq!(shards.take_drained(&held), [lease(1, 1)]);
         assert_eq!(shards.readable(&held), [lease(0, 1)]);
     }
@@ -150,5 +157,16 @@ mod tests {
         assert!(!shards.note_read(&[lease(0, 1)]), "losing is not gaining");
         assert!(!shards.note_read(&[lease(0, 1), lease(1, 1)]), "the same epoch: nobody had it in between");
         assert!(shards.note_read(&[lease(0, 1), lease(1, 2)]), "a new epoch");
+    }
+
+    #[test]
+    fn a_shard_is_not_read_under_a_new_lease_while_rows_of_the_old_one_are_in_flight() {
+        let mut shards = Shards::default();
+        shards.sent(lease(0, 1));
+        assert_eq!(shards.readable(&holdings(4, &[lease(0, 1), lease(1, 1)])), [lease(0, 1), lease(1, 1)]);
+        let regained = holdings(4, &[lease(0, 3), lease(1, 1)]);
+        assert_eq!(shards.readable(&regained), [lease(1, 1)]);
+        shards.settled(lease(0, 1));
+        assert_eq!(shards.readable(&regained), [lease(0, 3), lease(1, 1)]);
     }
 }

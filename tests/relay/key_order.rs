@@ -170,7 +170,8 @@ async fn order_survives_every_kind_of_refusal() {
                 _ => return Ok(()),
             };
             Err(Refusal::new(fault, "scripted"))
-        });
+        })
+        .slow(std::time::Duration::from_millis(round * 5));
         let env: BTreeMap<String, String> = [
             ("DATABASE_URL", "postgres://unused"),
             ("AMQP_URL", "amqp://unused"),
@@ -207,5 +208,51 @@ async fn order_survives_every_kind_of_refusal() {
         }
         let delivered = store.rows().iter().filter(|stored| stored.delivered_at.is_some()).count();
         assert_eq!(delivered, sink.taken().len(), "every row that was taken is marked, once");
+    }
+}
+
+/// Refused rows that are tried again by the prober or soon, while the worker of their key is busy with a slow batch and
+/// has not yet heard of the refusal's end: what it holds of the key must not be passed by what is read meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn order_survives_refusals_while_a_worker_is_slow() {
+    for round in 0..1 {
+        let mut rng = rng(&format!("order_survives_refusals_while_a_worker_is_slow, round {round}"));
+        let store = MemoryStore::default();
+        let mut asked = 0;
+        // In bursts, so that the route is parked and probed.
+        let sink = ScriptedSink::new(move |_| {
+            asked += 1;
+            match asked % 40 < 12 {
+                true => Err(Refusal::new(Fault::Unroutable, "scripted")),
+                false => Ok(()),
+            }
+        })
+        .slow(std::time::Duration::from_millis(40));
+        let env = [
+            ("DATABASE_URL", "postgres://unused"),
+            ("AMQP_URL", "amqp://unused"),
+            ("OUTBOX_RETRY_MIN", "1ms"),
+            ("OUTBOX_RETRY_MAX", "5ms"),
+            ("OUTBOX_WORKERS", "2"),
+            ("OUTBOX_POLL_INTERVAL", "1ms"),
+        ];
+        let env = env.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let relay = Relay::new(resolve(&env), store.clone(), sink.clone(), Arc::new(Metrics::default()));
+        let relay = RunningRelay::spawn(relay).await;
+        for id in 1..=400 {
+            store.insert(row(id, Some(format!("k{}", rng.u8(0..4)))));
+            if id % 2 == 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+        }
+        eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending()))
+            .await;
+        relay.stop().await.expect("clean stop");
+        let mut last: HashMap<String, i64> = HashMap::new();
+        for row in sink.taken() {
+            let key = row.ordering_key.as_ref().expect("a key").to_string();
+            let before = last.insert(key.clone(), row.id).unwrap_or(0);
+            assert!(before < row.id, "key {key}: {} after {before}", row.id);
+        }
     }
 }

@@ -20,6 +20,7 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation, Connection};
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -78,6 +79,8 @@ struct Round<'a> {
     /// Which of the messages.
     positions: &'a [usize],
     permit: &'a Permit,
+    /// A row of this batch was not allowed: none after it is sent, since one of them may be of its key.
+    fenced: &'a AtomicBool,
 }
 
 impl<'a> Round<'a> {
@@ -304,10 +307,11 @@ impl RabbitPublisher {
                 &row.payload,
                 message.properties.clone(),
             );
-            let permit = round.permit;
+            let (permit, fenced) = (round.permit, round.fenced);
             confirms.push(async move {
                 // Here, at the first poll, and nowhere earlier: what comes next hands the frames over.
-                if !permit.allows(row) {
+                if fenced.load(Relaxed) || !permit.allows(row) {
+                    fenced.store(true, Relaxed);
                     return (slot, Err(Refusal::without_lease()));
                 }
                 (slot, Ok(async { publish.await?.await }.await))
@@ -383,10 +387,11 @@ impl Publisher for RabbitPublisher {
             Ok(rounds) => rounds,
             Err(reason) => return vec![Err(Refusal::new(Fault::Outage, reason)); batch.len()],
         };
+        let fenced = AtomicBool::new(false);
         for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
             // A round after one that broke the channel is left for the next batch.
             if open.channel.status().connected() {
-                let round = Round { batch, messages: &messages, positions, permit };
+                let round = Round { batch, messages: &messages, positions, permit, fenced: &fenced };
                 self.send(&open, &round, &mut verdicts, give_up).await;
             }
         }

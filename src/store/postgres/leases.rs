@@ -8,8 +8,10 @@ use sqlx::Row;
 use sqlx::postgres::PgRow;
 use std::time::Duration;
 
-/// Shortest limit of a call: a short lease must not make a slow connect impossible.
+/// Bounds of a call: a short lease must not make a slow connect impossible, and a connection that hangs must be given
+/// up while there is time for another try.
 const CALL_LIMIT_MIN: Duration = Duration::from_secs(1);
+const CALL_LIMIT_MAX: Duration = Duration::from_secs(10);
 
 impl LeaseTable for PostgresStore {
     async fn look(&self, member: Member) -> Result<Standing, StoreError> {
@@ -42,9 +44,9 @@ impl LeaseTable for PostgresStore {
     }
 }
 
-/// An answer that comes later than its lease holds is of no use.
+/// A fifth of the lease, for connecting and for the call, each.
 fn limit(member: Member) -> Duration {
-    member.lease_time.max(CALL_LIMIT_MIN)
+    (member.lease_time / 5).clamp(CALL_LIMIT_MIN, CALL_LIMIT_MAX)
 }
 
 fn standing(row: &PgRow) -> Result<Standing, sqlx::Error> {

@@ -23,6 +23,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// that a living server answers first and only a silent one runs into this.
 pub(super) const CALL_LIMIT: Duration = Duration::from_secs(20);
 
+/// Shortest limit of opening a connection, TLS, login and a look at the table included.
+const OPEN_LIMIT_MIN: Duration = Duration::from_secs(2);
+
 /// What every transaction of ours runs under. The statement limit bounds what we cost the
 /// database, the lock limit how long we queue behind somebody's DDL, and the planner settings keep
 /// the poll on its index when statistics are stale; all our statements are meant to use an index.
@@ -207,14 +210,17 @@ impl Lane {
         self.call_within(CALL_LIMIT, unit, work).await
     }
 
-    /// The same, with a limit of its own.
+    /// The same, with a limit of its own, for opening a connection and for the call.
     pub(super) async fn call_within<T>(
         &self,
         limit: Duration,
         unit: Unit,
         work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        let mut session = self.session().await?;
+        let mut session = match tokio::time::timeout(limit.max(OPEN_LIMIT_MIN), self.session()).await {
+            Ok(session) => session?,
+            Err(_) => return Err(silent(limit)),
+        };
         let value = within(limit, session.run(unit, work)).await?;
         if !session.spoiled {
             *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(session);
@@ -239,9 +245,11 @@ pub(super) async fn within<T>(
     match tokio::time::timeout(limit, call).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(classify(&error)),
-        Err(_) => Err(StoreError {
-            trouble: Trouble::Outage,
-            sentence: format!("no answer from the database within {:.0} s", limit.as_secs_f64()),
-        }),
+        Err(_) => Err(silent(limit)),
     }
+}
+
+fn silent(limit: Duration) -> StoreError {
+    let sentence = format!("no answer from the database within {:.0} s", limit.as_secs_f64());
+    StoreError { trouble: Trouble::Outage, sentence }
 }

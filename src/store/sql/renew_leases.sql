@@ -1,7 +1,8 @@
 -- One renewal: says that this replica lives, gives back what it has drained, prolongs what it owns, takes what is free up
 -- to its fair part, and answers with the result. Sent as one text, so that the server runs all of it without waiting for a
 -- client that may have been frozen in the middle. Values are numbers and uuids only.
-begin read write;
+-- Read committed, whatever the role's default: each statement must see what others have committed while it waited.
+begin isolation level read committed read write;
 set local statement_timeout = {limit_ms};
 set local lock_timeout = {limit_ms};
 -- A lease that a crash of the server undid would be trusted by its owner and free for others.

@@ -4,6 +4,7 @@ use outbox_relay::ownership::Permit;
 use outbox_relay::sink::{Publisher, Refusal, Sink, SinkState, Verdict};
 use outbox_relay::store::Row;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -15,12 +16,19 @@ pub struct ScriptedSink {
     script: Arc<Mutex<Script>>,
     taken: Arc<Mutex<Vec<Row>>>,
     state: watch::Sender<SinkState>,
+    slowness: Duration,
 }
 
 impl ScriptedSink {
     pub fn new(script: impl FnMut(&Row) -> Verdict + Send + 'static) -> Self {
         let state = watch::Sender::new(SinkState::Ready);
-        Self { script: Arc::new(Mutex::new(Box::new(script))), taken: Arc::default(), state }
+        let script: Script = Box::new(script);
+        Self { script: Arc::new(Mutex::new(script)), taken: Arc::default(), state, slowness: Duration::ZERO }
+    }
+
+    /// A quarter of its batches take this long.
+    pub fn slow(self, slowness: Duration) -> Self {
+        Self { slowness, ..self }
     }
 
     /// Rows it took, in order; a row may be there twice.
@@ -49,7 +57,11 @@ impl Sink for ScriptedSink {
 
 impl Publisher for ScriptedSink {
     async fn publish(&mut self, batch: &[Row], permit: &Permit, _: &CancellationToken) -> Vec<Verdict> {
-        tokio::task::yield_now().await;
+        // Some batches are slow, so that what happens meanwhile elsewhere happens before.
+        match fastrand::u8(0..4) {
+            0 => tokio::time::sleep(self.slowness).await,
+            _ => tokio::task::yield_now().await,
+        }
         let mut script = self.script.lock().unwrap();
         let mut verdicts = Vec::with_capacity(batch.len());
         for row in batch {
