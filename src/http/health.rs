@@ -89,6 +89,13 @@ pub struct Ownership {
     pub owned_shards: Vec<u32>,
 }
 
+impl Ownership {
+    /// Why this replica cannot own anything.
+    fn problem(&self) -> Option<String> {
+        self.reason.as_ref().map(|reason| format!("ownership: {reason}"))
+    }
+}
+
 impl Part {
     fn new(state: &str, reason: Option<String>) -> Self {
         Self { state: state.to_owned(), reason }
@@ -105,7 +112,7 @@ impl Health {
             let reason = part.reason.clone().unwrap_or_default();
             (part.state == "down").then(|| format!("{name}: {reason}"))
         };
-        let ownership = || self.ownership.reason.as_ref().map(|reason| format!("ownership: {reason}"));
+        let ownership = || self.ownership.problem();
         down("database", &self.database).or_else(|| down("broker", &self.broker)).or_else(ownership)
     }
 }
@@ -130,7 +137,7 @@ impl View {
             replicas: holdings.replicas,
             shards: holdings.shards(),
             owned: leases.len() as u32,
-            epoch: leases.iter().map(|lease| lease.epoch).max().unwrap_or(0),
+            epoch: holdings.highest_epoch(),
             owned_shards: leases.iter().map(|lease| lease.shard).collect(),
         }
     }
@@ -154,8 +161,7 @@ impl View {
         let named = |name: &str, part: &Part| part.reason.as_ref().map(|reason| format!("{name}: {reason}"));
         let reason = named("database", &database).or_else(|| named("broker", &broker));
         let ownership = self.ownership();
-        let reason =
-            reason.or_else(|| ownership.reason.as_ref().map(|reason| format!("ownership: {reason}")));
+        let reason = reason.or_else(|| ownership.problem());
         let gauge = |value: i64| u64::try_from(value).unwrap_or(0);
         Health {
             status: if reason.is_none() { "ok" } else { "unavailable" }.to_owned(),

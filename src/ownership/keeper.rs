@@ -167,7 +167,7 @@ impl<S: LeaseTable> Keeper<S> {
         let given_back = std::mem::take(&mut self.empty);
         self.board.database_up(DatabaseUser::Leases);
         match standing.other_shards {
-            Some(other) => self.refuse(other),
+            Some(other) => self.refuse(&standing, other),
             None => self.tell(&standing, sent + self.terms.trust, &given_back),
         }
         Ok(())
@@ -179,28 +179,33 @@ impl<S: LeaseTable> Keeper<S> {
         let mut now = before.clone();
         now.refused = None;
         now.update(standing, self.part(standing), trusted_until);
-        let epochs = |leases: &[Lease]| leases.iter().copied().collect::<HashSet<_>>();
-        let (had, has) = (epochs(&before.leases()), epochs(&now.leases()));
+        let held = |holdings: &Holdings| holdings.leases().into_iter().collect::<HashSet<_>>();
+        let (had, has) = (held(&before), held(&now));
         let (gained, lost) = (has.difference(&had).count(), had.difference(&has).count());
         let handed_over = given_back.difference(&has).count();
         self.metrics.lease_changes(LeaseChange::Gained, gained);
         self.metrics.lease_changes(LeaseChange::HandedOver, handed_over);
         self.metrics.lease_changes(LeaseChange::Lost, lost);
-        self.metrics.owned_shards.set(has.len() as i64);
-        self.metrics.replicas.set(i64::from(now.replicas));
-        self.metrics.lease_epoch.set(has.iter().map(|lease| lease.epoch).max().unwrap_or(0));
         if lost > 0 {
             tracing::warn!(lost, owned = has.len(), "leases were lost to another replica");
         }
-        if gained + handed_over > 0 || !before.known || before.replicas != now.replicas {
+        if gained + handed_over > 0 || before.trusted_until.is_none() || before.replicas != now.replicas {
             let (owned, replicas) = (has.len(), now.replicas);
             tracing::info!(gained, handed_over, owned, replicas, shards = now.shards(), "ownership");
         }
-        self.holdings.send_replace(now);
+        self.hold(now);
+    }
+
+    /// What is held from now on, for the pipeline and in the metrics.
+    fn hold(&self, holdings: Holdings) {
+        self.metrics.owned_shards.set(holdings.leases().len() as i64);
+        self.metrics.replicas.set(i64::from(holdings.replicas));
+        self.metrics.lease_epoch.set(holdings.highest_epoch());
+        self.holdings.send_replace(holdings);
     }
 
     /// Rows would belong to other shards here than there. Asked again later: the others may be on their way out.
-    fn refuse(&self, other: u32) {
+    fn refuse(&self, standing: &Standing, other: u32) {
         let shards = self.member.shards;
         let sentence = format!(
             "OUTBOX_SHARDS is {shards} here and {other} in a replica that runs; stop those replicas first, or set the same number here"
@@ -210,8 +215,8 @@ impl<S: LeaseTable> Keeper<S> {
         }
         let mut holdings = Holdings::none(self.member.replica, shards);
         holdings.refused = Some(sentence);
-        self.metrics.owned_shards.set(0);
-        self.holdings.send_replace(holdings);
+        holdings.replicas = standing.replicas;
+        self.hold(holdings);
     }
 
     /// What this replica should own. One that does not reach the broker waits a little before it gives way.
@@ -265,8 +270,7 @@ impl<S: LeaseTable> Keeper<S> {
     async fn leave(&self) {
         match tokio::time::timeout(LEAVE_LIMIT, self.store.leave(self.member)).await {
             Ok(Ok(())) => {
-                self.metrics.owned_shards.set(0);
-                self.holdings.send_replace(Holdings::none(self.member.replica, self.member.shards));
+                self.hold(Holdings::none(self.member.replica, self.member.shards));
                 tracing::info!("leases given back");
             }
             Ok(Err(StoreError { sentence, .. })) => self.kept(&sentence),

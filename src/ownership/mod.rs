@@ -39,7 +39,7 @@ pub struct Terms {
     pub lease_time: Duration,
     /// How long it is trusted, from the moment its renewal was sent. The margin is for clocks that do not run alike.
     pub trust: Duration,
-    /// Time between renewals: two may fail.
+    /// Time between renewals: one may fail.
     pub renew_every: Duration,
     /// Time between looks for free shards and new replicas.
     pub look_every: Duration,
@@ -73,8 +73,6 @@ pub struct Holdings {
     pub replicas: u32,
     /// Why this replica may own nothing at all, in one sentence.
     pub refused: Option<String>,
-    /// The lease table has answered at least once.
-    pub known: bool,
     /// By shard.
     held: Vec<Option<Held>>,
     trusted_until: Option<Instant>,
@@ -97,13 +95,7 @@ impl Holdings {
     pub fn everything(shards: u32) -> Self {
         let held = Some(Held { epoch: 0, leaving: false });
         let far = Instant::now() + Duration::from_secs(3600 * 24 * 365);
-        Self {
-            known: true,
-            replicas: 1,
-            held: vec![held; shards as usize],
-            trusted_until: Some(far),
-            ..Self::default()
-        }
+        Self { replicas: 1, held: vec![held; shards as usize], trusted_until: Some(far), ..Self::default() }
     }
 
     /// The table's answer is the truth; it is trusted until the given moment. Shards that leave go on leaving.
@@ -117,7 +109,6 @@ impl Holdings {
             *place = Some(Held { epoch: lease.epoch, leaving });
         }
         self.held = held;
-        self.known = true;
         self.replicas = standing.replicas;
         self.trusted_until = Some(trusted_until);
         self.let_go(part);
@@ -148,6 +139,11 @@ impl Holdings {
         self.select(|_| true)
     }
 
+    /// The highest epoch of what is held, 0 for nothing.
+    pub fn highest_epoch(&self) -> i64 {
+        self.held.iter().flatten().map(|held| held.epoch).max().unwrap_or(0)
+    }
+
     /// What may be read now, by shard.
     pub fn readable(&self, now: Instant) -> Vec<Lease> {
         if self.is_trusted(now) { self.select(|held| !held.leaving) } else { Vec::new() }
@@ -167,11 +163,6 @@ impl Holdings {
     pub fn allows(&self, lease: Lease, now: Instant) -> bool {
         let held = self.held.get(lease.shard as usize).copied().flatten();
         held.is_some_and(|held| held.epoch == lease.epoch) && self.is_trusted(now)
-    }
-
-    /// When the trust in all of it ends.
-    pub fn trusted_until(&self) -> Option<Instant> {
-        self.trusted_until
     }
 
     /// Trust has not run out.

@@ -201,7 +201,9 @@ impl<S: Store> Poll<S> {
             match found {
                 Found::More => continue,
                 Found::TooLarge => {
-                    self.wait_for_a_change().await;
+                    if self.next_event().await.is_err() {
+                        return;
+                    }
                     continue;
                 }
                 Found::Some => pause = PAUSE_MIN,
@@ -235,37 +237,29 @@ impl<S: Store> Poll<S> {
                 // Nothing is asked of the database meanwhile, so nothing is known of it here.
                 self.board.database_idle(DatabaseUser::Poll);
             }
-            let event = async {
-                tokio::select! {
-                    biased;
-                    // 1. Places are freed while the broker is away too.
-                    settled = self.settled.recv() => Ok(settled),
-                    // 2. The broker is back, or has another reason to be away.
-                    changed = self.sink.changed() => Err(changed),
-                    // 3. Shards have come or are to go.
-                    changed = self.holdings.changed() => Err(changed),
-                }
-            };
-            match self.pulse.beat_during(event).await {
-                Ok(settled) => self.settle(settled).await,
-                Err(changed) => changed?,
-            }
+            self.next_event().await?;
             self.take_settled().await;
         }
     }
 
-    /// Waits until a row is settled, or shards come or go.
-    async fn wait_for_a_change(&mut self) {
+    /// Waits for whatever may make a read right or useful, and takes it in.
+    async fn next_event(&mut self) -> Result<(), RecvError> {
         let event = async {
             tokio::select! {
                 biased;
-                settled = self.settled.recv() => Some(settled),
-                Ok(()) = self.holdings.changed() => None,
+                // 1. Places are freed while the broker is away too.
+                settled = self.settled.recv() => Ok(settled),
+                // 2. The broker is back, or has another reason to be away.
+                changed = self.sink.changed() => Err(changed),
+                // 3. Shards have come or are to go.
+                changed = self.holdings.changed() => Err(changed),
             }
         };
-        if let Some(settled) = self.pulse.beat_during(event).await {
-            self.settle(settled).await;
+        match self.pulse.beat_during(event).await {
+            Ok(settled) => self.settle(settled).await,
+            Err(changed) => changed?,
         }
+        Ok(())
     }
 
     /// What may be read now.

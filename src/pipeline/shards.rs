@@ -55,7 +55,7 @@ impl Shards {
         if self.recovering.is_empty() {
             return Vec::new();
         }
-        let busy: HashSet<u32> = self.in_flight.keys().map(|lease| lease.shard).collect();
+        let busy = self.busy(|_| true);
         let empty = self.recovering.extract_if(|shard, _| !busy.contains(shard));
         empty.flat_map(|(_, keys)| keys).collect()
     }
@@ -64,17 +64,14 @@ impl Shards {
     pub fn readable(&self, holdings: &Holdings) -> Vec<Lease> {
         let mut leases = holdings.readable(Instant::now());
         // What was read under an earlier lease may end unwritten; until it has, a later row must not be read.
-        let earlier =
-            |lease: &Lease| self.in_flight.keys().any(|other| other.shard == lease.shard && other != lease);
-        let all_held =
-            self.in_flight.len() <= leases.len() && self.in_flight.keys().all(|lease| leases.contains(lease));
-        leases.retain(|lease| !self.recovering.contains_key(&lease.shard) && (all_held || !earlier(lease)));
+        let busy = self.busy(|lease| !has(&leases, lease));
+        leases.retain(|lease| !self.recovering.contains_key(&lease.shard) && !busy.contains(&lease.shard));
         leases
     }
 
     /// Some of it was not read the last time.
     pub fn is_news(&self, leases: &[Lease]) -> bool {
-        leases.iter().any(|lease| !self.read.contains(lease))
+        leases.iter().any(|lease| !has(&self.read, lease))
     }
 
     /// Notes what is read now. True if some of it was read by others in between, or never by us: what we know of its
@@ -85,7 +82,7 @@ impl Shards {
         }
         let gained = self.is_news(leases);
         // What is merely not read for a moment has not been read by others.
-        self.read.retain(|was| leases.iter().all(|lease| lease.shard != was.shard));
+        self.read.retain(|was| find(leases, was.shard).is_none());
         self.read.extend(leases);
         self.read.sort_unstable_by_key(|lease| lease.shard);
         gained
@@ -99,12 +96,28 @@ impl Shards {
         }
         let leaving = holdings.leaving();
         self.told.retain(|lease| leaving.contains(lease));
-        let empty = |lease: &Lease| !self.in_flight.keys().any(|other| other.shard == lease.shard);
+        let busy = self.busy(|_| true);
+        let empty = |lease: &Lease| !busy.contains(&lease.shard);
         let drained: Vec<Lease> =
             leaving.into_iter().filter(empty).filter(|lease| !self.told.contains(lease)).collect();
         self.told.extend(&drained);
         drained
     }
+
+    /// Shards with rows in flight that were read under such leases.
+    fn busy(&self, such: impl Fn(&Lease) -> bool) -> HashSet<u32> {
+        self.in_flight.keys().filter(|lease| such(lease)).map(|lease| lease.shard).collect()
+    }
+}
+
+/// The lease of a shard, in leases that are sorted by shard.
+fn find(leases: &[Lease], shard: u32) -> Option<&Lease> {
+    leases.binary_search_by_key(&shard, |lease| lease.shard).ok().map(|index| &leases[index])
+}
+
+/// This very lease is among them.
+fn has(leases: &[Lease], lease: &Lease) -> bool {
+    find(leases, lease.shard) == Some(lease)
 }
 
 #[cfg(test)]
