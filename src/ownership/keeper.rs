@@ -71,8 +71,10 @@ impl<S: LeaseTable> Keeper<S> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let terms = Terms::new(settings.lease_ttl);
-        let replica = ends.holdings.borrow().replica;
-        let shards = settings.shards as u32;
+        let (replica, shards) = {
+            let holdings = ends.holdings.borrow();
+            (holdings.replica, holdings.shards())
+        };
         Self {
             store: ends.store,
             terms,

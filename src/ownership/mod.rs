@@ -28,6 +28,7 @@ use crate::mutants::mutant;
 use crate::store::Row;
 use crate::store::leases::{Lease, Standing};
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -191,9 +192,26 @@ impl Permit {
         Self { holdings }
     }
 
+    /// The permit for the rows of one batch.
+    pub fn for_batch(&self) -> BatchPermit<'_> {
+        BatchPermit { permit: self, refused: AtomicBool::new(false) }
+    }
+}
+
+/// A permit that stays refused once it was: what follows in the batch may be of the same key, and would pass it.
+#[derive(Debug)]
+pub struct BatchPermit<'a> {
+    permit: &'a Permit,
+    refused: AtomicBool,
+}
+
+impl BatchPermit<'_> {
     /// The row may be sent at this moment.
     pub fn allows(&self, row: &Row) -> bool {
-        mutant!("skip-the-lease-check") || self.holdings.borrow().allows(row.lease, Instant::now())
+        let in_force = || self.permit.holdings.borrow().allows(row.lease, Instant::now());
+        let allowed = mutant!("skip-the-lease-check") || (!self.refused.load(Relaxed) && in_force());
+        self.refused.fetch_or(!allowed, Relaxed);
+        allowed
     }
 }
 

@@ -98,7 +98,6 @@ struct Limits {
     poll_interval: Duration,
     sweep_interval: Duration,
     keep_order: bool,
-    shards: u32,
 }
 
 #[derive(Debug)]
@@ -145,7 +144,6 @@ impl<S: Store> Poll<S> {
             poll_interval: settings.poll_interval,
             sweep_interval: settings.sweep_interval,
             keep_order: settings.ordering != Ordering::None,
-            shards: settings.shards as u32,
         };
         Self {
             store: ends.store,
@@ -361,7 +359,7 @@ impl<S: Store> Poll<S> {
             in_flight: &in_flight,
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
-            share: Share { shards: self.limits.shards, leases: &leases },
+            share: Share { shards: self.holdings.borrow().shards(), leases: &leases },
         };
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
@@ -553,7 +551,7 @@ impl<S: Store> Poll<S> {
         let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
         let leases = self.leases();
-        let share = Share { shards: self.limits.shards, leases: &leases };
+        let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match self.pulse.beat_during(probe).await {
             // Later rows of its key are still on their way back.

@@ -7,8 +7,8 @@
 //! 3. Rows of one key go out in the order of the batch.
 //! 4. A refusal says whose fault it is ([`Fault`]); where that is not known it is [`Fault::Unknown`],
 //!    never `Ok`.
-//! 5. The permit is asked for each row right before it is sent, after everything that may take time. Without it the row
-//!    is not sent: [`Fault::Fenced`].
+//! 5. The permit is asked for each row right before it is sent, after everything that may take time. Without it
+//!    neither the row nor what follows it in the batch is sent: [`Fault::Fenced`].
 //! 6. An unreachable server is no refusal: [`SinkState`] says it, and `publish` answers
 //!    [`Fault::Outage`] for what was not sent.
 

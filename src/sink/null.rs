@@ -44,6 +44,7 @@ impl Sink for NullSink {
 
 impl Publisher for NullSink {
     async fn publish(&mut self, batch: &[Row], permit: &Permit, _: &CancellationToken) -> Vec<Verdict> {
+        let permit = permit.for_batch();
         let verdict = |row| if permit.allows(row) { Ok(()) } else { Err(Refusal::without_lease()) };
         let verdicts: Vec<Verdict> = batch.iter().map(verdict).collect();
         self.taken.fetch_add(verdicts.iter().flatten().count() as u64, Relaxed);

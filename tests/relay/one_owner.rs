@@ -194,6 +194,23 @@ async fn a_replica_cut_off_from_the_broker_gives_way() {
     world.finish(Allowed { duplicates: 1000, rewinds: true, ..Allowed::default() }).await;
 }
 
+/// A replica that has never reached the broker, by a wrong address or login, takes nothing from one that does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_never_reached_the_broker_takes_nothing() {
+    let world = World::new().await;
+    let well = world.process(&[]).await;
+    eventually("one alone owns everything", async || well.owned().await == Some(SHARDS)).await;
+    let lost = world.process(&[("AMQP_URL", "amqp://127.0.0.1:1")]).await;
+    eventually("it is seen", async || well.metric("replicas").await == 2.0).await;
+    world.write(1000, 50).await;
+    world.drained().await;
+    assert_eq!(well.metric("lease_changes_total{change=\"handed_over\"}").await, 0.0);
+    assert_eq!(lost.health().await.expect("health").ownership.state, "standby");
+    assert_eq!(lost.get("/readyz").await.0, 503, "it could not take over");
+    assert!(lost.terminate().await.success() && well.terminate().await.success());
+    world.finish(Allowed::default()).await;
+}
+
 /// More replicas than shards: the others stand by, are ready, show the database's gauges, and take over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_owns_nothing_stands_by() {

@@ -10,7 +10,7 @@ use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_lim
 use super::exchanges::{Access, Exchanges};
 use super::message::{ID_HEADER, Message, compose};
 use crate::mutants::mutant;
-use crate::ownership::Permit;
+use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::Row;
 use futures_util::stream::FuturesUnordered;
@@ -20,7 +20,6 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation, Connection};
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -78,9 +77,7 @@ struct Round<'a> {
     messages: &'a [(usize, Message)],
     /// Which of the messages.
     positions: &'a [usize],
-    permit: &'a Permit,
-    /// A row of this batch was not allowed: none after it is sent, since one of them may be of its key.
-    fenced: &'a AtomicBool,
+    permit: &'a BatchPermit<'a>,
 }
 
 impl<'a> Round<'a> {
@@ -307,11 +304,10 @@ impl RabbitPublisher {
                 &row.payload,
                 message.properties.clone(),
             );
-            let (permit, fenced) = (round.permit, round.fenced);
+            let permit = round.permit;
             confirms.push(async move {
                 // Here, at the first poll, and nowhere earlier: what comes next hands the frames over.
-                if fenced.load(Relaxed) || !permit.allows(row) {
-                    fenced.store(true, Relaxed);
+                if !permit.allows(row) {
                     return (slot, Err(Refusal::without_lease()));
                 }
                 (slot, Ok(async { publish.await?.await }.await))
@@ -387,11 +383,11 @@ impl Publisher for RabbitPublisher {
             Ok(rounds) => rounds,
             Err(reason) => return vec![Err(Refusal::new(Fault::Outage, reason)); batch.len()],
         };
-        let fenced = AtomicBool::new(false);
+        let permit = permit.for_batch();
         for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
             // A round after one that broke the channel is left for the next batch.
             if open.channel.status().connected() {
-                let round = Round { batch, messages: &messages, positions, permit, fenced: &fenced };
+                let round = Round { batch, messages: &messages, positions, permit: &permit };
                 self.send(&open, &round, &mut verdicts, give_up).await;
             }
         }

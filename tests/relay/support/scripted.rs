@@ -64,6 +64,7 @@ impl Publisher for ScriptedSink {
         }
         let mut script = self.script.lock().unwrap();
         let mut verdicts = Vec::with_capacity(batch.len());
+        let permit = permit.for_batch();
         for row in batch {
             let verdict = if permit.allows(row) { script(row) } else { Err(Refusal::without_lease()) };
             if verdict.is_ok() {
