@@ -14,8 +14,8 @@ use outbox_relay::pipeline::queue::Queue;
 use outbox_relay::relay::Relay;
 use outbox_relay::sink::null::NullSink;
 use outbox_relay::sink::rabbitmq::message::compose;
-use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Lease, Route, Row};
+use outbox_relay::store::memory::{MemoryStore, plain_row};
+use outbox_relay::store::{Route, Row};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,17 +26,13 @@ const ROWS: i64 = 2_000;
 
 fn row(id: i64) -> Row {
     Row {
-        id,
-        message_id: uuid::Uuid::from_u128(id as u128),
         route: Arc::new(Route { exchange: "orders".to_owned(), routing_key: "order.created".to_owned() }),
         ordering_key: Some(format!("order {}", id % 1000).into()),
         payload: Bytes::from(vec![b'x'; 500]),
         content_type: "application/json".to_owned(),
         headers: r#"{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#.to_owned(),
         created_at_micros: 1_700_000_000_000_000,
-        attempts: 0,
-        lease: Lease { shard: 0, epoch: 0 },
-        defect: None,
+        ..plain_row(id)
     }
 }
 

@@ -74,6 +74,8 @@ pub struct Sample {
     pub at: u64,
     /// Replicas at rest, that is running and not being started or stopped.
     pub replicas: u64,
+    /// Their processes, with those that are frozen, starting or ending.
+    pub processes: u64,
     /// Highest resident memory of one.
     pub rss_mib: u64,
     /// Most open descriptors of one.

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Mutex as Ledger;
 use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 use tokio::sync::{Mutex, MutexGuard};
@@ -35,6 +36,8 @@ pub struct Fleet {
     env: BTreeMap<String, String>,
     clock: Clock,
     slots: Vec<Mutex<Slot>>,
+    /// Processes there are, whatever is being done to them.
+    processes: AtomicU64,
     stops: Ledger<Vec<Stop>>,
     exits: Ledger<Vec<Exit>>,
     /// Kills what is left if this tool is killed; reads the pids from a file.
@@ -73,6 +76,7 @@ impl Fleet {
             env,
             clock,
             slots: slots.collect::<Result<_>>()?,
+            processes: AtomicU64::new(0),
             stops: Ledger::default(),
             exits: Ledger::default(),
             _undertaker: Undertaker::new(KILL, &[&pids, binary])?,
@@ -107,6 +111,11 @@ impl Fleet {
         free.filter_map(|slot| Some((slot.number, slot.address, slot.pid()?))).collect()
     }
 
+    /// How many processes there are, also frozen, starting and ending ones.
+    pub fn processes(&self) -> u64 {
+        self.processes.load(Relaxed)
+    }
+
     /// Starts it, unless it runs.
     pub fn start(&self, slot: &mut Slot) -> Result<()> {
         if slot.child.is_some() {
@@ -130,6 +139,7 @@ impl Fleet {
         let pid = child.id().context("the relay ended at once")?;
         writeln!(File::options().append(true).open(self.dir.join("relays.pids"))?, "{pid}")?;
         slot.child = Some(child);
+        self.processes.fetch_add(1, Relaxed);
         Ok(())
     }
 
@@ -164,6 +174,7 @@ impl Fleet {
     pub async fn kill(&self, slot: &mut Slot) -> Result<()> {
         if let Some(mut child) = slot.child.take() {
             child.kill().await?;
+            self.processes.fetch_sub(1, Relaxed);
         }
         Ok(())
     }
@@ -181,6 +192,7 @@ impl Fleet {
                 None
             }
         };
+        self.processes.fetch_sub(1, Relaxed);
         let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let stop = Stop { replica: slot.number, at, took, code, disturbed };
         self.stops.lock().unwrap_or_else(PoisonError::into_inner).push(stop);
@@ -203,6 +215,7 @@ impl Fleet {
                 let exit = Exit { replica: slot.number, at: self.clock.ms(), code: status.code() };
                 self.exits.lock().unwrap_or_else(PoisonError::into_inner).push(exit);
                 slot.child = None;
+                self.processes.fetch_sub(1, Relaxed);
                 self.start(&mut slot)?;
             }
         }

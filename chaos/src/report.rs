@@ -46,23 +46,51 @@ impl<'a> Report<'a> {
     pub fn text(&self) -> String {
         let mut text = String::new();
         self.faults(&mut text);
+        self.summaries(&mut text);
         self.totals(&mut text);
         self.verdicts(&mut text);
         text
     }
 
     fn faults(&self, text: &mut String) {
-        let _ = writeln!(text, "\nfault                        began    lasted  next row after");
-        for (recovery, span) in self.judgement.recoveries.iter().zip(&self.seen.faults) {
-            let after = recovery
-                .recovered_after
-                .map_or_else(|| "     –".to_owned(), |ms| format!("{:6.1} s", seconds(ms)));
-            let note = if recovery.disturbed { ", another fault came first" } else { "" };
-            let (began, lasted) = (seconds(recovery.began), seconds(recovery.lasted));
+        let _ = writeln!(
+            text,
+            "\nfault                        began    lasted   next row   caught up  duplicates"
+        );
+        for recovery in &self.judgement.recoveries {
+            let note = if recovery.disturbed { "  beside another fault" } else { "" };
             let _ = writeln!(
                 text,
-                "{}  {:<22}{began:7.1} s{lasted:8.1} s        {after}{note}",
-                span.id, recovery.fault
+                "{}  {:<22}{:7.1} s{:8.1} s{} {:8.1} s  {:10}{note}",
+                recovery.id,
+                recovery.fault,
+                seconds(recovery.began),
+                seconds(recovery.lasted),
+                recovery
+                    .next_row_after
+                    .map_or_else(|| "         –".to_owned(), |ms| format!("{:8.1} s", seconds(ms))),
+                seconds(recovery.caught_up_after),
+                recovery.duplicates,
+            );
+        }
+    }
+
+    /// Times are counted from the end of a fault, and only where no other one was on.
+    fn summaries(&self, text: &mut String) {
+        let both = |times: Option<(u64, u64)>| {
+            let both = times.map(|(median, most)| format!("{:.1} / {:.1} s", seconds(median), seconds(most)));
+            both.unwrap_or_else(|| "–".to_owned())
+        };
+        let _ = writeln!(
+            text,
+            "\nfault                    times  alone  next row, median / max  caught up, median / max  duplicates, max"
+        );
+        for line in &self.judgement.summaries {
+            let (next_row, caught_up) = (both(line.next_row_after), both(line.caught_up_after));
+            let _ = writeln!(
+                text,
+                "{}  {:<20}{:5}  {:5}  {next_row:>22}  {caught_up:>23}  {:15}",
+                line.id, line.fault, line.times, line.alone, line.duplicates
             );
         }
     }

@@ -36,7 +36,7 @@ pub async fn look(
 
 /// One look.
 pub async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
-    let at_rest = fleet.at_rest();
+    let (at_rest, processes) = (fleet.at_rest(), fleet.processes());
     let mut sample = Sample { at: clock.ms(), replicas: at_rest.len() as u64, ..Sample::default() };
     for (_, _, pid) in &at_rest {
         sample.rss_mib = sample.rss_mib.max(rss_mib(*pid));
@@ -55,6 +55,8 @@ pub async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
     if let Ok(Some((connections, oldest))) = tokio::time::timeout(DATABASE_LIMIT, sessions(world)).await {
         (sample.connections, sample.transaction_ms) = (Some(connections), Some(oldest));
     }
+    // One may have come or gone meanwhile.
+    sample.processes = processes.max(fleet.processes());
     sample
 }
 

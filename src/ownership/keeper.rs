@@ -221,9 +221,11 @@ impl<S: LeaseTable> Keeper<S> {
         self.hold(holdings);
     }
 
-    /// What this replica should own. One that does not reach the broker waits a little before it gives way.
+    /// What this replica should own. One that does not reach the broker waits a little before it gives way; one that
+    /// stops does not.
     fn part(&self, standing: &Standing) -> u32 {
-        let told_only = !self.member.ready && self.away_for() < self.terms.give_way_after;
+        let stopping = self.stopping.is_cancelled();
+        let told_only = !self.member.ready && !stopping && self.away_for() < self.terms.give_way_after;
         if told_only { self.member.shards } else { standing.quota }
     }
 
@@ -248,6 +250,9 @@ impl<S: LeaseTable> Keeper<S> {
         let until = tokio::time::sleep(pause);
         tokio::pin!(until);
         let mut open = true;
+        // As long as the table believes that this replica counts.
+        let stopping = self.stopping.clone();
+        let told_of_stop = !self.member.ready;
         loop {
             tokio::select! {
                 biased;
@@ -263,7 +268,9 @@ impl<S: LeaseTable> Keeper<S> {
                     // Poll has ended; what it had is given back at the end.
                     None => open = false,
                 },
-                // 2. Time is up.
+                // 2. The table is told of a stop at once, so that others take what is empty.
+                () = stopping.cancelled(), if !told_of_stop => return,
+                // 3. Time is up.
                 () = self.pulse.beat_during(&mut until) => return,
             }
         }

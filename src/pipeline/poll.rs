@@ -173,12 +173,37 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// Reads until stopped, or until the sink is gone, which is a failure that supervision notices. Dropping the
-    /// senders on return is what ends the workers.
+    /// Reads until stopped, or until the sink is gone, which is a failure that supervision notices; then follows what
+    /// is in flight to its end.
     pub async fn run(mut self) {
         let stop = self.stop.clone();
         // Cancelling a read loses nothing: its rows are still pending, its connection is dropped.
         let _ = stop.run_until_cancelled(self.read_on()).await;
+        self.drain().await;
+    }
+
+    /// Tells which shards have run empty, so that others can go on with them while this relay finishes the rest.
+    async fn drain(mut self) {
+        // Nothing more will come: this is what ends the workers, and they settle.
+        self.workers.clear();
+        loop {
+            self.follow_ownership().await;
+            let event = async {
+                tokio::select! {
+                    biased;
+                    // 1. What is settled.
+                    settled = self.settled.recv() => Some(settled),
+                    // 2. Shards are to go.
+                    Ok(()) = self.holdings.changed() => None,
+                }
+            };
+            match self.pulse.beat_during(event).await {
+                Some(Some(settled)) => self.settle(settled).await,
+                // Settle has ended, and so has everything that was in flight.
+                Some(None) => return,
+                None => {}
+            }
+        }
     }
 
     async fn read_on(&mut self) {
@@ -254,7 +279,7 @@ impl<S: Store> Poll<S> {
             }
         };
         match self.pulse.beat_during(event).await {
-            Ok(settled) => self.settle(settled).await,
+            Ok(settled) => self.settle_or_wait(settled).await,
             Err(changed) => changed?,
         }
         Ok(())
@@ -268,7 +293,7 @@ impl<S: Store> Poll<S> {
     /// Lets keys go on whose shard has run empty, and tells which leaving shards have.
     async fn follow_ownership(&mut self) {
         for (worker, key) in self.shards.take_resumed() {
-            let _ = self.workers[worker].send(Work::Resume(key)).await;
+            self.resume(worker, key).await;
         }
         let drained = self.shards.take_drained(&self.holdings.borrow_and_update());
         for lease in drained {
@@ -292,7 +317,7 @@ impl<S: Store> Poll<S> {
                 biased;
                 // 1. Settled rows first: they free places.
                 settled = self.settled.recv() => {
-                    self.settle(settled).await;
+                    self.settle_or_wait(settled).await;
                     self.follow_ownership().await;
                 }
                 // 2. Shards have come or are to go.
@@ -444,16 +469,20 @@ impl<S: Store> Poll<S> {
 
     async fn take_settled(&mut self) {
         while let Ok(settled) = self.settled.try_recv() {
-            self.settle(Some(settled)).await;
+            self.settle(settled).await;
+        }
+    }
+
+    async fn settle_or_wait(&mut self, settled: Option<Settled>) {
+        match settled {
+            Some(settled) => self.settle(settled).await,
+            // Settle is gone; supervision stops us.
+            None => std::future::pending().await,
         }
     }
 
     /// Frees the place of a settled row.
-    async fn settle(&mut self, settled: Option<Settled>) {
-        let Some(Settled { id, fate }) = settled else {
-            // Settle is gone; supervision ends us.
-            return std::future::pending().await;
-        };
+    async fn settle(&mut self, Settled { id, fate }: Settled) {
         let Some(settled) = self.in_flight.remove(&id) else { return };
         let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched } = settled;
         self.bytes_in_flight -= bytes;
@@ -497,8 +526,15 @@ impl<S: Store> Poll<S> {
         if let Some(key) = key_in_flight {
             for worker in self.keys.take_resumed(&key) {
                 // The table holds the key back from here on.
-                let _ = self.workers[worker].send(Work::Resume(Arc::clone(&key))).await;
+                self.resume(worker, Arc::clone(&key)).await;
             }
+        }
+    }
+
+    /// The worker may go on with this key; in vain when it has ended, on a stop.
+    async fn resume(&mut self, worker: usize, key: Arc<str>) {
+        if let Some(worker) = self.workers.get(worker) {
+            let _ = worker.send(Work::Resume(key)).await;
         }
     }
 

@@ -208,23 +208,11 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Lease, Route};
+    use crate::store::memory::plain_row;
     use proptest::prelude::*;
 
     fn row(id: i64, key: Option<&str>) -> Row {
-        Row {
-            id,
-            message_id: uuid::Uuid::from_u128(id as u128),
-            route: Arc::new(Route { exchange: String::new(), routing_key: "q".to_owned() }),
-            ordering_key: key.map(Into::into),
-            payload: bytes::Bytes::from_static(b"x"),
-            content_type: String::new(),
-            headers: "{}".to_owned(),
-            created_at_micros: 0,
-            attempts: 0,
-            lease: Lease { shard: 0, epoch: 0 },
-            defect: None,
-        }
+        Row { ordering_key: key.map(Into::into), ..plain_row(id) }
     }
 
     fn ids(batch: &[Queued]) -> Vec<i64> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// A shard with the epoch of its ownership.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// Which shard.
     pub shard: u32,

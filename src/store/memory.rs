@@ -7,11 +7,29 @@ use super::leases::{Lease, LeaseTable, Member, Standing};
 use super::{
     Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
 };
+use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
+
+/// A row with this id, and as little else as a row can have.
+pub fn plain_row(id: i64) -> Row {
+    Row {
+        id,
+        message_id: Uuid::from_u128(id as u128),
+        route: Arc::new(Route { exchange: String::new(), routing_key: "r".to_owned() }),
+        ordering_key: None,
+        payload: Bytes::from_static(b"{}"),
+        content_type: String::new(),
+        headers: "{}".to_owned(),
+        created_at_micros: 0,
+        attempts: 0,
+        lease: Lease::default(),
+        defect: None,
+    }
+}
 
 /// Outbox rows in memory. Clones share the rows.
 #[derive(Debug, Clone, Default)]

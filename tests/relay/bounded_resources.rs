@@ -1,14 +1,13 @@
 //! Promise 9: rows and bytes in flight are bounded, whatever the backlog and whatever its rows weigh.
 
 use crate::support::scripted::ScriptedSink;
-use crate::support::world::{RunningRelay, resolve};
+use crate::support::world::{RunningRelay, without_servers};
 use crate::support::{World, eventually};
 use outbox_relay::relay::Relay;
-use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Lease, Route, Row};
+use outbox_relay::store::Row;
+use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::telemetry::Metrics;
 use proptest::prelude::*;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 const MIB: usize = 1 << 20;
@@ -53,19 +52,7 @@ async fn memory_does_not_follow_the_backlog() {
 }
 
 fn row(id: i64, bytes: usize) -> Row {
-    Row {
-        id,
-        message_id: uuid::Uuid::from_u128(id as u128),
-        route: Arc::new(Route { exchange: String::new(), routing_key: "r".to_owned() }),
-        ordering_key: None,
-        payload: vec![0; bytes].into(),
-        content_type: String::new(),
-        headers: "{}".to_owned(),
-        created_at_micros: 0,
-        attempts: 0,
-        lease: Lease { shard: 0, epoch: 0 },
-        defect: None,
-    }
+    Row { payload: vec![0; bytes].into(), ..plain_row(id) }
 }
 
 proptest! {
@@ -94,11 +81,14 @@ proptest! {
                 Ok(())
             });
             let (window_text, batch) = (window.to_string(), window.min(7).to_string());
-            let env: BTreeMap<String, String> = [
-                ("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused"), ("OUTBOX_MAX_IN_FLIGHT", &window_text),
-                ("OUTBOX_BATCH_SIZE", &batch), ("OUTBOX_WORKERS", "1"), ("OUTBOX_MAX_IN_FLIGHT_BYTES", "64KiB"), ("OUTBOX_POLL_INTERVAL", "1ms"),
-            ].into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-            let relay = RunningRelay::spawn(Relay::new(resolve(&env), store.clone(), sink, metrics)).await;
+            let settings = without_servers(&[
+                ("OUTBOX_MAX_IN_FLIGHT", &window_text),
+                ("OUTBOX_BATCH_SIZE", &batch),
+                ("OUTBOX_WORKERS", "1"),
+                ("OUTBOX_MAX_IN_FLIGHT_BYTES", "64KiB"),
+                ("OUTBOX_POLL_INTERVAL", "1ms"),
+            ]);
+            let relay = RunningRelay::spawn(Relay::new(settings, store.clone(), sink, metrics)).await;
             eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending())).await;
             relay.stop().await.expect("clean stop");
             let (rows, bytes) = *peak.lock().unwrap();

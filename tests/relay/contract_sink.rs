@@ -8,7 +8,8 @@ use outbox_relay::config::Endpoint;
 use outbox_relay::ownership::{Holdings, Permit};
 use outbox_relay::sink::null::NullSink;
 use outbox_relay::sink::{Fault, Publisher, RabbitMq, Sink, SinkState};
-use outbox_relay::store::{Lease, Route, Row};
+use outbox_relay::store::memory::plain_row;
+use outbox_relay::store::{Route, Row};
 use outbox_relay::telemetry::Metrics;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,19 +17,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
-    Row {
-        id,
-        message_id: uuid::Uuid::from_u128(id as u128),
-        route: Arc::new(Route { exchange: exchange.to_owned(), routing_key: routing_key.to_owned() }),
-        ordering_key: None,
-        payload: bytes::Bytes::from_static(b"{}"),
-        content_type: "application/json".to_owned(),
-        headers: "{}".to_owned(),
-        created_at_micros: 0,
-        attempts: 0,
-        lease: Lease { shard: 0, epoch: 0 },
-        defect: None,
-    }
+    let route = Route { exchange: exchange.to_owned(), routing_key: routing_key.to_owned() };
+    Row { route: Arc::new(route), content_type: "application/json".to_owned(), ..plain_row(id) }
 }
 
 /// Everything may be sent that was read under epoch 0.

@@ -3,7 +3,7 @@
 use crate::support::World;
 use crate::support::world::resolve;
 use outbox_relay::store::leases::{LeaseTable, Member};
-use outbox_relay::store::memory::MemoryStore;
+use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::postgres::Connector;
 use outbox_relay::store::{
     Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
@@ -31,17 +31,11 @@ impl Subject for InMemory {
 
     async fn insert(&self, id: i64, key: Option<&str>, routing_key: &str, bytes: usize) {
         self.0.insert(Row {
-            id,
             message_id: message_id(id),
             route: Arc::new(Route { exchange: "x".to_owned(), routing_key: routing_key.to_owned() }),
             ordering_key: key.map(Into::into),
             payload: vec![b'x'; bytes].into(),
-            content_type: String::new(),
-            headers: "{}".to_owned(),
-            created_at_micros: 0,
-            attempts: 0,
-            lease: Lease { shard: 0, epoch: 0 },
-            defect: None,
+            ..plain_row(id)
         });
     }
 }

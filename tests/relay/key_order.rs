@@ -1,14 +1,12 @@
 //! Promise 4: rows that share a key are delivered in id order, through refusals, retries and restarts.
 
 use crate::support::scripted::ScriptedSink;
-use crate::support::world::{Allowed, RunningRelay, resolve};
+use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{World, eventually, rng};
-use outbox_relay::relay::Relay;
 use outbox_relay::sink::{Fault, Refusal, SinkState};
-use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::{Lease, Route, Row, StoreError, Trouble};
-use outbox_relay::telemetry::Metrics;
-use std::collections::{BTreeMap, HashMap};
+use outbox_relay::store::memory::{MemoryStore, plain_row};
+use outbox_relay::store::{Route, Row, StoreError, Trouble};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A key's first row is refused: the others of the key wait for it, other keys do not.
@@ -129,19 +127,8 @@ async fn order_is_right_for_writers_that_take_turns_on_their_key() {
 }
 
 fn row(id: i64, key: Option<String>) -> Row {
-    Row {
-        id,
-        message_id: uuid::Uuid::from_u128(id as u128),
-        route: Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("r{}", id % 3) }),
-        ordering_key: key.map(Into::into),
-        payload: bytes::Bytes::from_static(b"{}"),
-        content_type: String::new(),
-        headers: "{}".to_owned(),
-        created_at_micros: 0,
-        attempts: 0,
-        lease: Lease { shard: 0, epoch: 0 },
-        defect: None,
-    }
+    let route = Route { exchange: "x".to_owned(), routing_key: format!("r{}", id % 3) };
+    Row { route: Arc::new(route), ordering_key: key.map(Into::into), ..plain_row(id) }
 }
 
 /// Every kind of refusal at random, a database that fails at random, a broker that comes and goes: the
@@ -172,21 +159,15 @@ async fn order_survives_every_kind_of_refusal() {
             Err(Refusal::new(fault, "scripted"))
         })
         .slow(std::time::Duration::from_millis(round * 5));
-        let env: BTreeMap<String, String> = [
-            ("DATABASE_URL", "postgres://unused"),
-            ("AMQP_URL", "amqp://unused"),
+        let settings = without_servers(&[
             ("OUTBOX_RETRY_MIN", "1ms"),
             ("OUTBOX_RETRY_MAX", "10ms"),
             ("OUTBOX_MAX_IN_FLIGHT", "60"),
             ("OUTBOX_BATCH_SIZE", "20"),
             ("OUTBOX_POLL_INTERVAL", "5ms"),
             ("OUTBOX_MAX_ATTEMPTS", "1000"),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .collect();
-        let relay = Relay::new(resolve(&env), store.clone(), sink.clone(), Arc::new(Metrics::default()));
-        let relay = RunningRelay::spawn(relay).await;
+        ]);
+        let relay = RunningRelay::between(settings, store.clone(), sink.clone()).await;
         for _ in 0..10 {
             let error = |trouble| StoreError { trouble, sentence: "scripted".to_owned() };
             store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
@@ -199,13 +180,7 @@ async fn order_survives_every_kind_of_refusal() {
         eventually("all rows are settled", async || store.rows().iter().all(|stored| !stored.pending()))
             .await;
         relay.stop().await.expect("clean stop");
-        let mut last: HashMap<String, i64> = HashMap::new();
-        for row in sink.taken() {
-            if let Some(key) = &row.ordering_key {
-                let before = last.insert(key.to_string(), row.id).unwrap_or(0);
-                assert!(before < row.id, "key {key}: {} after {before}", row.id);
-            }
-        }
+        assert_eq!(sink.in_order_but_for_repeats(), 0, "rows were sent twice");
         let delivered = store.rows().iter().filter(|stored| stored.delivered_at.is_some()).count();
         assert_eq!(delivered, sink.taken().len(), "every row that was taken is marked, once");
     }
@@ -215,44 +190,32 @@ async fn order_survives_every_kind_of_refusal() {
 /// has not yet heard of the refusal's end: what it holds of the key must not be passed by what is read meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn order_survives_refusals_while_a_worker_is_slow() {
-    for round in 0..1 {
-        let mut rng = rng(&format!("order_survives_refusals_while_a_worker_is_slow, round {round}"));
-        let store = MemoryStore::default();
-        let mut asked = 0;
-        // In bursts, so that the route is parked and probed.
-        let sink = ScriptedSink::new(move |_| {
-            asked += 1;
-            match asked % 40 < 12 {
-                true => Err(Refusal::new(Fault::Unroutable, "scripted")),
-                false => Ok(()),
-            }
-        })
-        .slow(std::time::Duration::from_millis(40));
-        let env = [
-            ("DATABASE_URL", "postgres://unused"),
-            ("AMQP_URL", "amqp://unused"),
-            ("OUTBOX_RETRY_MIN", "1ms"),
-            ("OUTBOX_RETRY_MAX", "5ms"),
-            ("OUTBOX_WORKERS", "2"),
-            ("OUTBOX_POLL_INTERVAL", "1ms"),
-        ];
-        let env = env.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
-        let relay = Relay::new(resolve(&env), store.clone(), sink.clone(), Arc::new(Metrics::default()));
-        let relay = RunningRelay::spawn(relay).await;
-        for id in 1..=400 {
-            store.insert(row(id, Some(format!("k{}", rng.u8(0..4)))));
-            if id % 2 == 0 {
-                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
-            }
+    let mut rng = rng("order_survives_refusals_while_a_worker_is_slow");
+    let store = MemoryStore::default();
+    let mut asked = 0;
+    // In bursts, so that the route is parked and probed.
+    let sink = ScriptedSink::new(move |_| {
+        asked += 1;
+        match asked % 40 < 12 {
+            true => Err(Refusal::new(Fault::Unroutable, "scripted")),
+            false => Ok(()),
         }
-        eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending()))
-            .await;
-        relay.stop().await.expect("clean stop");
-        let mut last: HashMap<String, i64> = HashMap::new();
-        for row in sink.taken() {
-            let key = row.ordering_key.as_ref().expect("a key").to_string();
-            let before = last.insert(key.clone(), row.id).unwrap_or(0);
-            assert!(before < row.id, "key {key}: {} after {before}", row.id);
+    })
+    .slow(std::time::Duration::from_millis(40));
+    let settings = without_servers(&[
+        ("OUTBOX_RETRY_MIN", "1ms"),
+        ("OUTBOX_RETRY_MAX", "5ms"),
+        ("OUTBOX_WORKERS", "2"),
+        ("OUTBOX_POLL_INTERVAL", "1ms"),
+    ]);
+    let relay = RunningRelay::between(settings, store.clone(), sink.clone()).await;
+    for id in 1..=400 {
+        store.insert(row(id, Some(format!("k{}", rng.u8(0..4)))));
+        if id % 2 == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     }
+    eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending())).await;
+    relay.stop().await.expect("clean stop");
+    assert_eq!(sink.in_order_but_for_repeats(), 0, "rows were sent twice");
 }

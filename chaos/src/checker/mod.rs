@@ -15,6 +15,7 @@
 
 mod deliveries;
 mod order;
+mod recovery;
 pub mod redelivery;
 mod running;
 #[cfg(test)]
@@ -22,6 +23,7 @@ mod tests;
 
 use crate::ledger::{Delivered, Kind, Outcome, WriterLine, WrittenRow};
 use crate::observations::{Observations, TableRow};
+pub use recovery::{Recovery, Summary};
 use redelivery::Sorted;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -79,21 +81,6 @@ impl Verdict {
     }
 }
 
-/// How long after a fault the first row arrived that was committed after it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Recovery {
-    /// Name of the fault.
-    pub fault: String,
-    /// When it began.
-    pub began: u64,
-    /// How long it lasted, mending included.
-    pub lasted: u64,
-    /// Milliseconds from its end; none: nothing was committed after it.
-    pub recovered_after: Option<u64>,
-    /// Another fault was on before that.
-    pub disturbed: bool,
-}
-
 /// Counts of a whole run.
 #[derive(Debug, Clone, Default, Serialize)]
 #[allow(missing_docs, reason = "the names say it")]
@@ -116,8 +103,10 @@ pub struct Totals {
 pub struct Judgement {
     /// One for each invariant.
     pub verdicts: Vec<Verdict>,
-    /// One for each fault.
+    /// One for each fault that happened.
     pub recoveries: Vec<Recovery>,
+    /// One for each name among them.
+    pub summaries: Vec<Summary>,
     /// Counts.
     pub totals: Totals,
 }
@@ -166,7 +155,9 @@ pub fn judge(evidence: &Evidence) -> Judgement {
         case.health_tells_the_truth(),
         case.stops_are_clean(),
     ];
-    Judgement { verdicts, recoveries: case.recoveries(), totals: case.totals() }
+    let recoveries = case.recoveries();
+    let summaries = recovery::summaries(&recoveries);
+    Judgement { verdicts, recoveries, summaries, totals: case.totals() }
 }
 
 impl<'a> Case<'a> {

@@ -1,6 +1,6 @@
-//! Invariants about the processes: I7, I8, I10, I11, I12, and the times to recover.
+//! Invariants about the processes: I7, I8, I10, I11, I12.
 
-use super::{Case, Recovery, Verdict};
+use super::{Case, Verdict};
 use crate::observations::{Sample, Says, Span, Stop, TableRow};
 use crate::relays::GRACE_SLACK;
 
@@ -21,10 +21,10 @@ impl Case<'_> {
             format!("relay {} ended by itself with {:?} after {} ms", exit.replica, exit.code, exit.at)
         });
         let recoveries = self.recoveries().into_iter().filter(|recovery| !recovery.disturbed);
-        let slowest = recoveries.filter_map(|recovery| Some((recovery.recovered_after?, recovery.fault)));
+        let slowest = recoveries.map(|recovery| (recovery.caught_up_after, recovery.fault));
         let slowest = slowest.max().map_or_else(
             || "no fault to recover from".to_owned(),
-            |(ms, fault)| format!("slowest recovery {:.1} s after {fault}", seconds(ms)),
+            |(ms, fault)| format!("slowest to catch up: {:.1} s after {fault}", seconds(ms)),
         );
         let drained = self.seen().drained_at.map_or_else(
             || "not drained".to_owned(),
@@ -37,31 +37,6 @@ impl Case<'_> {
             figures,
             left.or(never).or(exit),
         )
-    }
-
-    /// For each fault: when did the first row arrive that was committed after it?
-    pub(super) fn recoveries(&self) -> Vec<Recovery> {
-        let arrivals: Vec<(u64, u64)> = self
-            .sorted
-            .firsts
-            .iter()
-            .filter_map(|message| Some((message.at, self.rows.get(message.message_id.as_str())?.ended)))
-            .collect();
-        let recovery = |fault: &Span| {
-            let arrived = arrivals.iter().find(|(at, committed)| *at.min(committed) >= fault.ended);
-            let until = arrived.map_or(u64::MAX, |(at, _)| *at);
-            let on = |other: &Span| {
-                other.began != fault.began && other.began <= until && other.ended > fault.ended
-            };
-            Recovery {
-                fault: fault.name.clone(),
-                began: fault.began,
-                lasted: fault.ended - fault.began,
-                recovered_after: arrived.map(|(at, _)| at - fault.ended),
-                disturbed: self.seen().faults.iter().any(on),
-            }
-        };
-        self.seen().faults.iter().map(recovery).collect()
     }
 
     /// Seen from outside, two owners of a shard show in what the replicas say they own. (That they also
@@ -111,10 +86,8 @@ impl Case<'_> {
         let transaction = |sample: &Sample| sample.transaction_ms.unwrap_or(0);
         let slow = samples.iter().filter(|sample| !excused(sample.at)).map(transaction).max().unwrap_or(0);
         let (rss, descriptors) = (most(|sample| sample.rss_mib), most(|sample| sample.descriptors));
-        // While one replica goes and its successor comes, both have connections.
-        let per_replica = |sample: &Sample| sample.connections.unwrap_or(0).div_ceil(sample.replicas.max(1));
-        let connections =
-            samples.iter().filter(|sample| sample.replicas > 0).map(per_replica).max().unwrap_or(0);
+        let per_replica = |sample: &Sample| sample.connections.unwrap_or(0).div_ceil(sample.processes.max(1));
+        let connections = samples.iter().map(per_replica).max().unwrap_or(0);
         let bounds = [
             ("MiB resident", rss, setting.max_rss_mib),
             ("descriptors", descriptors, setting.max_descriptors),

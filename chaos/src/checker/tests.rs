@@ -58,6 +58,7 @@ fn sample(at: u64) -> Sample {
     Sample {
         at,
         replicas: 2,
+        processes: 2,
         rss_mib: 30,
         descriptors: 20,
         owned: Some(16),
@@ -143,13 +144,14 @@ fn an_honest_run_holds() {
     let totals = &judgement.totals;
     assert_eq!((totals.committed_rows, totals.aborted_rows), (6, 3));
     assert_eq!((totals.unknown_transactions, totals.unknown_that_committed), (2, 1));
-    // The fault ended at 150; row 3 was committed at 201 and came at 1030.
-    assert_eq!(judgement.recoveries[0].recovered_after, Some(1_030 - 150));
+    // The fault ended at 150; row 3 was committed at 201 and came at 1030, row 2 at 101 and came at 1020.
+    let recovery = &judgement.recoveries[0];
+    assert_eq!((recovery.next_row_after, recovery.caught_up_after), (Some(1_030 - 150), 1_020 - 150));
 }
 
 #[test]
 fn a_recovery_that_another_fault_delayed_is_said_to_be_so() {
-    // Row 3 arrives 880 ms after the first fault.
+    // Row 2, committed before the end of the first fault, arrives 870 ms after it.
     let after = |began, ended| {
         let evidence = with(|evidence| evidence.seen.faults.push(Span { began, ended, ..span("next", 0) }));
         judge(&evidence).recoveries[0].disturbed

@@ -159,22 +159,17 @@ fn excerpt(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Lease, Route};
+    use crate::store::Route;
+    use crate::store::memory::plain_row;
     use std::sync::Arc;
 
     fn row(headers: &str) -> Row {
         Row {
-            id: 7,
-            message_id: uuid::Uuid::from_u128(1),
-            route: Arc::new(Route { exchange: String::new(), routing_key: "q".to_owned() }),
             ordering_key: Some("k".into()),
-            payload: bytes::Bytes::from_static(b"{}"),
             content_type: "application/json".to_owned(),
             headers: headers.to_owned(),
             created_at_micros: 1_700_000_000_000_000,
-            attempts: 0,
-            lease: Lease { shard: 0, epoch: 0 },
-            defect: None,
+            ..plain_row(7)
         }
     }
 

@@ -3,6 +3,7 @@
 use outbox_relay::ownership::Permit;
 use outbox_relay::sink::{Publisher, Refusal, Sink, SinkState, Verdict};
 use outbox_relay::store::Row;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -34,6 +35,20 @@ impl ScriptedSink {
     /// Rows it took, in order; a row may be there twice.
     pub fn taken(&self) -> Vec<Row> {
         self.taken.lock().unwrap().clone()
+    }
+
+    /// Panics unless the first sendings of each key are in id order; how many rows were sent again.
+    pub fn in_order_but_for_repeats(&self) -> usize {
+        let (mut seen, mut last, mut repeats) = (HashSet::new(), HashMap::new(), 0);
+        for row in self.taken() {
+            if !seen.insert(row.id) {
+                repeats += 1;
+            } else if let Some(key) = row.ordering_key {
+                let before = last.insert(Arc::clone(&key), row.id).unwrap_or(i64::MIN);
+                assert!(before < row.id, "key {key}: {} after {before}", row.id);
+            }
+        }
+        repeats
     }
 
     pub fn set_state(&self, state: SinkState) {

@@ -417,6 +417,13 @@ pub fn resolve(pairs: &BTreeMap<String, String>) -> Settings {
     Settings::resolve(&Sources::from_env(pairs).expect("sources")).expect("settings")
 }
 
+/// Settings for a relay between a store in memory and a sink of the test.
+pub fn without_servers(pairs: &[(&str, &str)]) -> Settings {
+    let servers = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
+    let pairs = servers.iter().chain(pairs);
+    resolve(&pairs.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+}
+
 /// A relay that runs inside the test's process.
 #[derive(Debug)]
 pub struct RunningRelay {
@@ -434,6 +441,11 @@ impl RunningRelay {
         let store = PostgresStore::new(connector, &settings);
         let sink = RabbitMq::connect(settings.amqp.clone(), settings.confirm_timeout, Arc::clone(&metrics));
         Self::spawn(Relay::new(settings, store, sink, metrics)).await
+    }
+
+    /// Starts a relay between any store and sink.
+    pub async fn between<S: Store + LeaseTable, K: Sink>(settings: Settings, store: S, sink: K) -> Self {
+        Self::spawn(Relay::new(settings, store, sink, Arc::default())).await
     }
 
     /// Runs any relay.
