@@ -43,6 +43,7 @@ pub enum Fault {
     PreparedTransaction,
     IdleReader,
     TableLocked,
+    DiskFull,
     ReplicasComeAndGo,
     DatabasePassword,
     BrokerPassword,
@@ -60,6 +61,8 @@ pub enum Needs {
     DatabaseProxy,
     /// Servers of our own.
     Servers,
+    /// Servers of our own, and the right to mount a file system for the database.
+    Disk,
     /// More than one replica.
     Replicas,
 }
@@ -111,7 +114,7 @@ pub enum Duplicates {
 }
 
 use Duplicates::{No, TakeOver, Window};
-use Needs::{BrokerProxy, DatabaseProxy, Nothing, Replicas, Servers};
+use Needs::{BrokerProxy, DatabaseProxy, Disk, Nothing, Replicas, Servers};
 use Part::{Broker, Database, Relays, Writers};
 
 /// All faults.
@@ -183,6 +186,8 @@ pub const FAULTS: &[Spec] = &[
         "a reader idles in a transaction with an old snapshot"),
     spec(Fault::TableLocked, "F17", "table-locked", Nothing, Database, 5_000..=5_000, TakeOver, TAKES,
         "lock table outbox in access exclusive mode"),
+    spec(Fault::DiskFull, "F17", "disk-full", Disk, Database, 2_000..=6_000, TakeOver, TAKES,
+        "the database's file system is full, which may also end the server, then has room again"),
     spec(Fault::ReplicasComeAndGo, "F18", "replicas-come-and-go", Replicas, Relays, 4_000..=10_000, No, TAKES,
         "replicas stopped and started at random, up to five"),
     spec(Fault::DatabasePassword, "F20", "database-password", Servers, Database, 500..=3_000, TakeOver, TAKES,
@@ -230,6 +235,8 @@ impl Fault {
 pub struct Means {
     /// Servers of our own.
     pub servers: bool,
+    /// A file system for the database.
+    pub disk: bool,
     /// A proxy to the broker.
     pub broker_proxy: bool,
     /// A proxy to the database.
@@ -246,6 +253,7 @@ impl Needs {
             BrokerProxy => means.broker_proxy,
             DatabaseProxy => means.database_proxy,
             Servers => means.servers,
+            Disk => means.disk,
             Replicas => means.replicas,
         }
     }
@@ -257,6 +265,7 @@ impl Needs {
             BrokerProxy => "needs a broker without TLS",
             DatabaseProxy => "needs a database without sslmode=verify-full",
             Servers => "needs servers of its own",
+            Disk => "needs servers of its own and the right to mount a file system",
             Replicas => "needs --replicas 2 or more",
         }
     }

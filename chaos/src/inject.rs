@@ -13,7 +13,10 @@ use crate::schedule::Event;
 use crate::world::{RELAY, ROUTES, World};
 use anyhow::{Context, Result};
 use sqlx::{AssertSqlSafe, Connection, Executor};
+use std::fs::File;
 use std::future::Future;
+use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -141,6 +144,7 @@ impl Injector {
                 self.hold(&["begin", &lock], "rollback", event).await?;
                 Ok(all)
             }
+            Fault::DiskFull => self.fill_the_disk(event, all).await,
             Fault::ReplicasComeAndGo => self.come_and_go(event).await,
             Fault::DatabasePassword => self.rotate_database_password(event, all).await,
             Fault::BrokerPassword => self.rotate_broker_password(event, all).await,
@@ -315,6 +319,26 @@ impl Injector {
         Ok(hits)
     }
 
+    /// Takes every free block, again and again: what the server frees meanwhile is gone too. A Postgres that cannot
+    /// write its log ends, and cannot start before there is room.
+    async fn fill_the_disk(&self, event: &Event, hits: u64) -> Result<u64> {
+        let filler = self.world.servers.disk().context("no disk of our own")?.join("filler");
+        let over = CancellationToken::new();
+        let (path, told) = (filler.clone(), over.clone());
+        let filling = tokio::task::spawn_blocking(move || fill(&path, &told));
+        self.wait(event).await;
+        over.cancel();
+        filling.await?.context("cannot fill the disk")?;
+        std::fs::remove_file(&filler)?;
+        let mend = || async {
+            self.world.servers.control("start", "postgres").await?;
+            // One that was about to end is not up.
+            self.world.superuser_db().await.map(drop)
+        };
+        insist(&mend).await?;
+        Ok(hits)
+    }
+
     /// Holds a transaction open.
     async fn hold(&self, begin: &[&str], end: &str, event: &Event) -> Result<u64> {
         let mut db = insist(&|| self.world.db()).await?;
@@ -375,6 +399,25 @@ impl Injector {
 }
 
 const SLOW: Link = Link::Delay(Duration::from_millis(200));
+
+/// Writes until there is no room left, and goes on trying.
+fn fill(path: &Path, over: &CancellationToken) -> std::io::Result<()> {
+    let zeros = vec![0; 1 << 20];
+    let mut file = File::create(path)?;
+    let mut piece = zeros.len();
+    while !over.is_cancelled() {
+        match file.write(&zeros[..piece]) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                // The last bytes go in small pieces.
+                piece = (piece / 2).max(512);
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
 
 fn bounded(pick: u64, bound: usize) -> usize {
     usize::try_from(pick % bound as u64).unwrap_or(0)

@@ -108,6 +108,9 @@ pub struct WrittenRow {
     pub routing_key: String,
     /// Hash of the body as the column renders it.
     pub hash: String,
+    /// How long after the insert it may not be sent yet, in milliseconds.
+    #[serde(default)]
+    pub delay_ms: i64,
     /// It can never be delivered and must end dead.
     #[serde(default)]
     pub poison: bool,

@@ -14,7 +14,7 @@ use crate::observations::{Observations, Setting, Span, TableRow};
 use crate::relays::Fleet;
 use crate::report::Report;
 use crate::schedule::{Event, schedule};
-use crate::servers::Servers;
+use crate::servers::{Servers, may_mount};
 use crate::world::World;
 use crate::writer::{Writers, witness};
 use crate::{cli, sampler};
@@ -35,6 +35,10 @@ use tokio_util::sync::CancellationToken;
 /// Writers beside the one whose transactions stay open.
 const WRITERS: u64 = 6;
 const GRACE_MS: u64 = 10_000;
+/// For an empty cluster, its log of changes, and temporary files.
+const DISK_MB: u64 = 600;
+/// Of a row with its indexes and old versions, and its witness.
+const ROW_BYTES: u64 = 3_000;
 /// After writers stopped, their open transactions may still take this long.
 const WRITERS_END: Duration = Duration::from_secs(90);
 const LOOK: Duration = Duration::from_millis(250);
@@ -92,6 +96,7 @@ fn possible(options: &Options) -> (Vec<Fault>, Vec<String>) {
     let given = options.servers.as_ref();
     let means = Means {
         servers: given.is_none(),
+        disk: given.is_none() && may_mount(),
         broker_proxy: given.is_none_or(|(_, amqp)| !amqp.starts_with("amqps")),
         database_proxy: given.is_none_or(|(database, _)| !database.contains("sslmode=verify")),
         replicas: options.replicas > 1,
@@ -182,7 +187,7 @@ impl<'a> Run<'a> {
         dir: &Path,
         stop: CancellationToken,
     ) -> Result<(Judgement, Observations)> {
-        let run = Self::set_up(options, dir, stop).await?;
+        let run = Self::set_up(options, events, dir, stop).await?;
         let progress = tokio::spawn(progress(Arc::clone(&run.board), Arc::clone(&run.phase), run.clock));
         let finished = run.through(events).await;
         progress.abort();
@@ -193,13 +198,23 @@ impl<'a> Run<'a> {
         finished
     }
 
-    async fn set_up(options: &'a Options, dir: &Path, stop: CancellationToken) -> Result<Self> {
+    async fn set_up(
+        options: &'a Options,
+        events: &[Event],
+        dir: &Path,
+        stop: CancellationToken,
+    ) -> Result<Self> {
         let servers = match &options.servers {
             Some((database, amqp)) => Servers::given(database.clone(), amqp.clone()),
             None => {
                 println!("starting a Postgres and a RabbitMQ …");
                 let (script, dir) = (options.services.clone(), dir.join("services"));
-                tokio::task::spawn_blocking(move || Servers::start(&script, &dir)).await??
+                let disk = disk_mb(options, events).map(|mb| mb.to_string());
+                let start = move || match &disk {
+                    Some(mb) => Servers::start_with(&script, &dir, &["--disk", mb]),
+                    None => Servers::start(&script, &dir),
+                };
+                tokio::task::spawn_blocking(start).await??
             }
         };
         let name = format!("chaos_{:08x}", fastrand::u32(..));
@@ -399,6 +414,13 @@ impl<'a> Run<'a> {
     fn tell(&self, phase: &str) {
         phase.clone_into(&mut self.phase.lock().unwrap_or_else(PoisonError::into_inner));
     }
+}
+
+/// The database's own file system, if the schedule fills it: with room for all that is written, and to spare.
+fn disk_mb(options: &Options, events: &[Event]) -> Option<u64> {
+    let rows = options.rate * options.length.as_secs_f64();
+    let is_filled = events.iter().any(|event| event.fault == Fault::DiskFull);
+    is_filled.then_some(DISK_MB + (rows as u64 * ROW_BYTES) / 1_000_000)
 }
 
 /// What the relays are told beside their servers.

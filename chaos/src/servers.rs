@@ -24,7 +24,17 @@ pub struct Servers {
 struct Own {
     script: PathBuf,
     dir: PathBuf,
+    /// The database's files have a file system of their own.
+    has_disk: bool,
     _undertaker: Undertaker,
+}
+
+/// Whether this process may mount a file system: tried where nobody else sees it.
+pub fn may_mount() -> bool {
+    let mut trial = Command::new("unshare");
+    trial.args(["--mount", "sh", "-c", "mount -t tmpfs trial /mnt"]);
+    trial.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    trial.status().is_ok_and(|status| status.success())
 }
 
 impl Servers {
@@ -47,7 +57,12 @@ impl Servers {
             database_url: value_in(dir, "DATABASE_URL")?,
             amqp_url: value_in(dir, "AMQP_URL")?,
             superuser_url: Some(value_in(dir, "PG_SUPERUSER_URL")?),
-            own: Some(Own { script: script.to_owned(), dir: dir.to_owned(), _undertaker: undertaker }),
+            own: Some(Own {
+                script: script.to_owned(),
+                dir: dir.to_owned(),
+                has_disk: options.contains(&"--disk"),
+                _undertaker: undertaker,
+            }),
         })
     }
 
@@ -60,6 +75,11 @@ impl Servers {
     /// Started here, so they may be broken.
     pub fn are_ours(&self) -> bool {
         self.own.is_some()
+    }
+
+    /// Where the database's files lie, if that is a file system of its own.
+    pub fn disk(&self) -> Option<PathBuf> {
+        self.own.as_ref().filter(|own| own.has_disk).map(|own| own.dir.join("postgres"))
     }
 
     /// `scripts/services COMMAND SERVER`: stop, start, restart, kill, pause, resume.

@@ -322,6 +322,7 @@ impl Writer {
             seq: draft.seq,
             routing_key,
             hash: hash(body.as_bytes()),
+            delay_ms: draft.delay_ms,
             poison: draft.poison.is_some(),
             undone: false,
         })

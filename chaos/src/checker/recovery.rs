@@ -47,7 +47,9 @@ pub struct Summary {
 impl Case<'_> {
     /// What followed each fault.
     pub(super) fn recoveries(&self) -> Vec<Recovery> {
-        let committed_at = |id: &str| self.rows.get(id).map(|row| row.ended);
+        // Rows for later come when they are due, fault or not.
+        let committed_at =
+            |id: &str| self.rows.get(id).filter(|row| row.row.delay_ms == 0).map(|row| row.ended);
         let firsts = self.sorted.firsts.iter();
         let arrivals: Vec<(u64, u64)> =
             firsts.filter_map(|first| Some((first.at, committed_at(&first.message_id)?))).collect();

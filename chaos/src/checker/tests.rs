@@ -11,6 +11,7 @@ fn row(id: i64, key: &str, seq: i64) -> WrittenRow {
         seq,
         routing_key: "a.1".to_owned(),
         hash: format!("h{id}"),
+        delay_ms: 0,
         poison: false,
         undone: false,
     }
@@ -159,6 +160,17 @@ fn a_recovery_that_another_fault_delayed_is_said_to_be_so() {
     assert!(after(400, 900));
     assert!(!after(1_100, 1_200), "it came later");
     assert!(!after(60, 140), "it was over before");
+}
+
+#[test]
+fn a_row_for_later_is_no_backlog() {
+    let evidence = with(|evidence| {
+        if let WriterLine::Intent { rows, .. } = &mut evidence.written[0] {
+            rows[1].delay_ms = 500;
+        }
+    });
+    // Row 1 came at 1010.
+    assert_eq!(judge(&evidence).recoveries[0].caught_up_after, 1_010 - 150);
 }
 
 #[test]
