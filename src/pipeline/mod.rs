@@ -29,8 +29,9 @@
 //!    table holds the key back. There is no moment at which neither does.
 //! 4. **A row without a lease is not sent.** It goes back, its key is held as above, and its shard is not read until all
 //!    of it that was in flight is settled ([`shards`]).
-//! 5. **Stopping is the end of input.** `poll` ends on the signal, workers when `poll` has, settle
-//!    when the workers have; settle's last write is never cancelled.
+//! 5. **Stopping is the end of input.** `poll` reads no more from the signal on and drops its ends to the workers;
+//!    workers end when they have nothing left, settle when the workers have, `poll` when settle has. Settle's last write
+//!    is never cancelled.
 
 pub mod gaps;
 pub mod keys;
