@@ -27,6 +27,7 @@ pub struct Options {
     pub replicas: u64,
     pub faults: Vec<Fault>,
     pub overlap: bool,
+    pub stretch: f64,
     pub rate: f64,
     pub ordering: String,
     pub quorum: bool,
@@ -70,6 +71,10 @@ pub fn command() -> Command {
                 .value_parser(value_parser!(u64).range(1..=5)),
         )
         .arg(option("faults", "IDS", EVERYTHING, "Ids or names, separated by commas; F21 is everything, with overlaps"))
+        .arg(
+            option("stretch", "N", "1", "Makes each fault last so many times longer, such as 5 for freezes of half a minute")
+                .value_parser(value_parser!(f64)),
+        )
         .arg(option("rate", "ROWS", "200", "Rows written a second").value_parser(value_parser!(f64)))
         .arg(option("ordering", "WORD", "strict", "OUTBOX_ORDERING").value_parser(["strict", "pipelined", "none"]))
         .arg(option("queue", "TYPE", "quorum", "Type of the queue").value_parser(["quorum", "classic"]))
@@ -143,6 +148,7 @@ pub fn options(matches: &ArgMatches) -> Result<Options, String> {
         replicas: number("replicas"),
         faults,
         overlap,
+        stretch: positive("stretch")?,
         rate: positive("rate")?,
         ordering: text("ordering"),
         quorum: text("queue") == "quorum",
@@ -195,6 +201,7 @@ mod tests {
             ["--replicas", "6"],
             ["--minutes", "0"],
             ["--rate", "-1"],
+            ["--stretch", "0"],
             ["--faults", "F99"],
             ["--ordering", "loose"],
             ["--database-url", "postgres://localhost/x"],

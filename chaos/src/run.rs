@@ -59,7 +59,7 @@ pub async fn run(options: Options) -> Result<u8> {
     let dir = options.dir.join(format!("run-{}", options.seed));
     prepare(&dir, &options.relay)?;
     let length = u64::try_from(options.length.as_millis()).unwrap_or(u64::MAX);
-    let events = schedule(options.seed, &faults, options.overlap, length);
+    let events = schedule(options.seed, &faults, options.overlap, options.stretch, length);
     announce(&options, &events, &dir)?;
 
     let stop = CancellationToken::new();

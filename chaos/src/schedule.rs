@@ -38,16 +38,16 @@ impl fmt::Display for Event {
     }
 }
 
-/// The schedule of a run. Ids take turns in random order, and so do the faults of an id, so even a
+/// The schedule of a run of `length` milliseconds; faults last `stretch` times longer than the table says. Ids take turns in random order, and so do the faults of an id, so even a
 /// short run sees many different ones.
-pub fn schedule(seed: u64, faults: &[Fault], overlap: bool, length: u64) -> Vec<Event> {
+pub fn schedule(seed: u64, faults: &[Fault], overlap: bool, stretch: f64, length: u64) -> Vec<Event> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let mut bags = Bags::new(faults);
     let mut events: Vec<Event> = Vec::new();
     let mut at = FIRST;
     while !faults.is_empty() {
         let fault = bags.draw(&mut rng);
-        let lasts = rng.u64(fault.spec().lasts.clone());
+        let lasts = (rng.u64(fault.spec().lasts.clone()) as f64 * stretch) as u64;
         let early = overlap && rng.u32(0..OVERLAP) == 0;
         if let Some(before) = events.last().filter(|_| early) {
             let sooner = before.at + before.lasts / 2;
@@ -116,26 +116,36 @@ mod tests {
 
     #[test]
     fn the_same_seed_gives_the_same_schedule() {
-        let made = schedule(7, &all(), true, 600_000);
-        assert_eq!(made, schedule(7, &all(), true, 600_000));
-        assert_ne!(made, schedule(8, &all(), true, 600_000));
+        let made = schedule(7, &all(), true, 1.0, 600_000);
+        assert_eq!(made, schedule(7, &all(), true, 1.0, 600_000));
+        assert_ne!(made, schedule(8, &all(), true, 1.0, 600_000));
         assert!(made.len() > 30, "only {} events in ten minutes", made.len());
     }
 
     #[test]
     fn every_fault_gets_its_turn() {
         let (faults, _) = select("F01,F04,F06").unwrap();
-        let made = schedule(3, &faults, false, 600_000);
+        let made = schedule(3, &faults, false, 1.0, 600_000);
         let seen: HashSet<Fault> = made.iter().map(|event| event.fault).collect();
         assert_eq!(seen.len(), faults.len());
     }
 
     #[test]
+    fn stretched_faults_last_longer() {
+        let longest = |stretch| {
+            let made = schedule(3, &[Fault::RelayFrozen], false, stretch, 600_000);
+            made.iter().map(|event| event.lasts).max().unwrap_or(0)
+        };
+        assert!((3_000..=8_000).contains(&longest(1.0)));
+        assert!((15_000..=40_000).contains(&longest(5.0)));
+    }
+
+    #[test]
     fn faults_end_in_time_and_disturb_different_parts_if_they_overlap() {
         for seed in 0..50 {
-            let alone = schedule(seed, &all(), false, 300_000);
+            let alone = schedule(seed, &all(), false, 1.0, 300_000);
             assert!(alone.windows(2).all(|pair| pair[0].at + pair[0].lasts < pair[1].at));
-            let made = schedule(seed, &all(), true, 300_000);
+            let made = schedule(seed, &all(), true, 1.0, 300_000);
             assert!(made.iter().all(|event| event.at + event.lasts <= 300_000));
             for (place, event) in made.iter().enumerate() {
                 for other in &made[..place] {
