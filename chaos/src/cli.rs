@@ -55,6 +55,8 @@ pub fn command() -> Command {
         Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
     };
     Command::new("chaos")
+        // scripts/chaos says its own first; the caller's word counts.
+        .args_override_self(true)
         .about("Runs relays under load while servers, links and relays fail, and judges the outcome from ledgers")
         .after_help(
             "First the faults, then calm, in which everything must drain; then twelve invariants are judged.\n\
@@ -192,6 +194,7 @@ mod tests {
         let options = parse(&["--seed", "7", "--minutes", "0.5", "--faults", "F01,poison"]).unwrap();
         assert_eq!((options.seed, options.length), (7, Duration::from_secs(30)));
         assert_eq!(options.faults, [Fault::RelayKilled, Fault::Poison]);
+        assert!(parse(&["--dir", "/one", "--dir", "/two"]).unwrap().dir.ends_with("two"));
         assert_eq!(list().lines().count(), FAULTS.len() + 1);
     }
 
