@@ -75,7 +75,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Times are counted from the end of a fault, and only where no other one was on.
+    /// Times are counted from the end of a fault. All figures are of those beside which no other one was on.
     fn summaries(&self, text: &mut String) {
         let both = |times: Option<(u64, u64)>| {
             let both = times.map(|(median, most)| format!("{:.1} / {:.1} s", seconds(median), seconds(most)));
@@ -89,8 +89,12 @@ impl<'a> Report<'a> {
             let (next_row, caught_up) = (both(line.next_row_after), both(line.caught_up_after));
             let _ = writeln!(
                 text,
-                "{}  {:<20}{:5}  {:5}  {next_row:>22}  {caught_up:>23}  {:15}",
-                line.id, line.fault, line.times, line.alone, line.duplicates
+                "{}  {:<20}{:5}  {:5}  {next_row:>22}  {caught_up:>23}  {:>15}",
+                line.id,
+                line.fault,
+                line.times,
+                line.alone,
+                line.duplicates.map_or_else(|| "–".to_owned(), |duplicates| duplicates.to_string())
             );
         }
     }

@@ -13,7 +13,7 @@ use crate::ledger::{self, Clock, Journal};
 use crate::observations::{Observations, Setting, Span, TableRow};
 use crate::relays::Fleet;
 use crate::report::Report;
-use crate::schedule::{Event, schedule};
+use crate::schedule::{Event, PAUSE, schedule};
 use crate::servers::{Servers, may_mount};
 use crate::world::World;
 use crate::writer::{Writers, witness};
@@ -319,13 +319,12 @@ impl<'a> Run<'a> {
         for event in events {
             self.wait_until(from + event.at).await?;
             // What the schedule keeps apart stays apart, even if the one before takes longer than planned.
-            for (over, task) in &begun {
-                while *over <= event.at && !task.is_finished() {
+            let late = |(over, task): &(u64, JoinHandle<_>)| *over <= event.at && !task.is_finished();
+            if begun.iter().any(late) {
+                while begun.iter().any(late) && !self.stop.is_cancelled() {
                     self.wait_until(self.clock.ms() + 100).await?;
-                    if self.stop.is_cancelled() {
-                        break;
-                    }
                 }
+                self.wait_until(self.clock.ms() + PAUSE.start()).await?;
             }
             if self.stop.is_cancelled() {
                 break;

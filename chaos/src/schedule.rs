@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 /// Quiet time before the first fault, so that the rate without faults is seen.
 const FIRST: u64 = 3_000;
 /// Quiet time between faults, in milliseconds.
-const PAUSE: RangeInclusive<u64> = 1_500..=5_000;
+pub const PAUSE: RangeInclusive<u64> = 1_500..=5_000;
 /// One in so many faults begins while the one before is on, where overlaps are allowed.
 const OVERLAP: u32 = 3;
 

@@ -50,9 +50,18 @@ impl Servers {
 
     /// The same, with more options of `scripts/services start`.
     pub fn start_with(script: &Path, dir: &Path, options: &[&str]) -> Result<Self> {
+        Self::launch(script, dir, &[&["--fast"], options].concat())
+    }
+
+    /// A pair that syncs to disk, as in earnest.
+    pub fn start_durable(script: &Path, dir: &Path) -> Result<Self> {
+        Self::launch(script, dir, &[])
+    }
+
+    fn launch(script: &Path, dir: &Path, options: &[&str]) -> Result<Self> {
         const STOP: &str = r#"[ ! -d "$2" ] || exec "$1" stop --wipe --dir "$2""#;
         let undertaker = Undertaker::new(STOP, &[script, dir])?;
-        run(script, dir, &[&["start", "--fast"], options].concat())?;
+        run(script, dir, &[&["start"], options].concat())?;
         Ok(Self {
             database_url: value_in(dir, "DATABASE_URL")?,
             amqp_url: value_in(dir, "AMQP_URL")?,

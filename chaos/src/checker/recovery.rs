@@ -21,7 +21,7 @@ pub struct Recovery {
     pub caught_up_after: u64,
     /// Messages that came again between its beginning and that of the next fault.
     pub duplicates: usize,
-    /// Another fault was on before the relays had caught up.
+    /// Another fault was on: shortly before it, during it, or before the relays had caught up.
     pub disturbed: bool,
 }
 
@@ -34,15 +34,18 @@ pub struct Summary {
     pub fault: String,
     /// How often it was made.
     pub times: usize,
-    /// How often no other fault came before the relays had caught up. The times below are of these.
+    /// How often no other fault was on. What follows is of these.
     pub alone: usize,
     /// Median and maximum of `next_row_after`.
     pub next_row_after: Option<(u64, u64)>,
     /// Median and maximum of `caught_up_after`.
     pub caught_up_after: Option<(u64, u64)>,
     /// Most duplicates of one.
-    pub duplicates: usize,
+    pub duplicates: Option<usize>,
 }
+
+/// What comes so soon after a fault may be its work.
+const AFTERMATH_MS: u64 = 1_000;
 
 impl Case<'_> {
     /// What followed each fault.
@@ -62,7 +65,7 @@ impl Case<'_> {
             let came_again =
                 self.sorted.repeats.iter().filter(|repeat| (fault.began..next_began).contains(&repeat.at));
             let on = |(other, span): (usize, &Span)| {
-                other != place && span.began <= caught_up && span.ended > fault.ended
+                other != place && span.began <= caught_up && span.ended + AFTERMATH_MS > fault.began
             };
             Recovery {
                 id: fault.id.clone(),
@@ -96,8 +99,10 @@ pub(super) fn summaries(recoveries: &[Recovery]) -> Vec<Summary> {
             next_row_after: median_and_maximum(
                 alone.clone().filter_map(|recovery| recovery.next_row_after).collect(),
             ),
-            caught_up_after: median_and_maximum(alone.map(|recovery| recovery.caught_up_after).collect()),
-            duplicates: all.iter().map(|recovery| recovery.duplicates).max().unwrap_or(0),
+            caught_up_after: median_and_maximum(
+                alone.clone().map(|recovery| recovery.caught_up_after).collect(),
+            ),
+            duplicates: alone.map(|recovery| recovery.duplicates).max(),
         }
     };
     names.into_iter().map(summary).collect()
@@ -113,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_of_faults_that_were_alone_and_duplicates_of_all() {
+    fn figures_are_of_faults_that_were_alone() {
         let made = |fault: &str, caught_up_after, duplicates, disturbed| Recovery {
             id: "F01".to_owned(),
             fault: fault.to_owned(),
@@ -134,7 +139,7 @@ mod tests {
         let summaries = summaries(&recoveries);
         assert_eq!(summaries.iter().map(|line| &*line.fault).collect::<Vec<_>>(), ["a", "b"]);
         let b = &summaries[1];
-        assert_eq!((b.times, b.alone, b.duplicates), (4, 3, 7));
+        assert_eq!((b.times, b.alone, b.duplicates), (4, 3, Some(4)));
         assert_eq!((b.next_row_after, b.caught_up_after), (None, Some((200, 300))));
     }
 }

@@ -151,7 +151,7 @@ fn an_honest_run_holds() {
 }
 
 #[test]
-fn a_recovery_that_another_fault_delayed_is_said_to_be_so() {
+fn a_fault_beside_another_one_is_said_to_be_so() {
     // Row 2, committed before the end of the first fault, arrives 870 ms after it.
     let after = |began, ended| {
         let evidence = with(|evidence| evidence.seen.faults.push(Span { began, ended, ..span("next", 0) }));
@@ -159,7 +159,16 @@ fn a_recovery_that_another_fault_delayed_is_said_to_be_so() {
     };
     assert!(after(400, 900));
     assert!(!after(1_100, 1_200), "it came later");
-    assert!(!after(60, 140), "it was over before");
+    assert!(after(60, 140), "it was on meanwhile");
+    let before = |ended| {
+        let evidence = with(|evidence| {
+            evidence.seen.faults[0] = Span { began: 2_000, ended: 2_100, ..evidence.seen.faults[0].clone() };
+            evidence.seen.faults.push(Span { began: 100, ended, ..span("before", 0) });
+        });
+        judge(&evidence).recoveries[0].disturbed
+    };
+    assert!(before(1_500), "what comes now may be its work");
+    assert!(!before(900), "it was over long before");
 }
 
 #[test]
