@@ -26,7 +26,7 @@ use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -134,7 +134,7 @@ impl World {
 
     /// A connection to this world's database.
     pub async fn db(&self) -> PgConnection {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         loop {
             match PgConnection::connect(&self.database_url).await {
                 Ok(connection) => return connection,
@@ -171,22 +171,38 @@ impl World {
 
     /// Waits until a count is this.
     pub async fn until(&self, sql: &str, expected: i64) {
-        eventually(&format!("{expected} = {sql}"), async || {
-            let mut db = self.db().await;
-            let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql.to_owned()));
-            query.fetch_one(&mut db).await.is_ok_and(|found| found == expected)
-        })
-        .await;
+        self.until_count(&format!("{expected} = {sql}"), sql, |found| found == expected).await;
     }
 
     /// Waits until a count has reached this.
     pub async fn until_at_least(&self, sql: &str, expected: i64) {
-        eventually(&format!("at least {expected} = {sql}"), async || {
-            let mut db = self.db().await;
-            let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(sql.to_owned()));
-            query.fetch_one(&mut db).await.is_ok_and(|found| found >= expected)
-        })
-        .await;
+        self.until_count(&format!("at least {expected} = {sql}"), sql, |found| found >= expected).await;
+    }
+
+    /// Slow is not stuck: the deadline is for a count that does not move.
+    async fn until_count(&self, what: &str, sql: &str, reached: impl Fn(i64) -> bool) {
+        let (mut last, mut moved) = (None, Instant::now());
+        let mut db = None;
+        loop {
+            let begun = Instant::now();
+            // The server may be away, on purpose.
+            if db.is_none() {
+                db = PgConnection::connect(&self.database_url).await.ok();
+            }
+            let found = match &mut db {
+                Some(db) => sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(db).await.ok(),
+                None => None,
+            };
+            match found {
+                Some(found) if reached(found) => return,
+                Some(_) if found != last => (last, moved) = (found, Instant::now()),
+                Some(_) => {}
+                None => db = None,
+            }
+            assert!(moved.elapsed() < DEADLINE, "{last:?} for {DEADLINE:?}, waited for: {what}");
+            // Looking must not become the load.
+            tokio::time::sleep((begun.elapsed() * 4).max(Duration::from_millis(20))).await;
+        }
     }
 
     /// Waits until health counts this many dead rows.
@@ -227,7 +243,7 @@ impl World {
 
     /// A connection to the broker.
     pub async fn amqp(&self) -> Connection {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         loop {
             let url = &self.servers().amqp_url;
             match tokio::time::timeout(
