@@ -5,9 +5,10 @@
 //! is kept for a while. An exchange that has refused a publish is tried again with one message alone.
 
 use super::classify::{reply_code, sentence};
+use super::connection::BrokerConnection;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, Connection, ExchangeKind};
+use lapin::{Channel, ExchangeKind};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,11 @@ pub(super) struct Exchanges {
 
 impl Exchanges {
     /// What is known, asking the broker where nothing is. `Err`: the connection is not usable.
-    pub(super) async fn access(&mut self, connection: &Connection, exchange: &str) -> Result<Access, String> {
+    pub(super) async fn access(
+        &mut self,
+        connection: &BrokerConnection,
+        exchange: &str,
+    ) -> Result<Access, String> {
         match self.answers.get(exchange) {
             Some(Answer { at, refused: Some(reason), .. }) if at.elapsed() < REFUSED_FOR => {
                 Ok(Access::Refused(reason.clone()))
@@ -86,11 +91,13 @@ impl Exchanges {
         *self = Self::default();
     }
 
-    async fn ask(&mut self, connection: &Connection, exchange: &str) -> Result<Access, String> {
+    async fn ask(&mut self, connection: &BrokerConnection, exchange: &str) -> Result<Access, String> {
         let answer = match tokio::time::timeout(ASK_LIMIT, self.exists(connection, exchange)).await {
             Ok(answer) => answer,
             Err(_) => {
-                self.channel = None;
+                if let Some(channel) = self.channel.take() {
+                    connection.abandon(channel);
+                }
                 return Err("no answer from the broker".to_owned());
             }
         };
@@ -109,7 +116,7 @@ impl Exchanges {
         Ok(access)
     }
 
-    async fn exists(&mut self, connection: &Connection, exchange: &str) -> lapin::Result<()> {
+    async fn exists(&mut self, connection: &BrokerConnection, exchange: &str) -> lapin::Result<()> {
         let channel = match &self.channel {
             Some(channel) => channel,
             None => self.channel.insert(connection.create_channel().await?),

@@ -5,6 +5,7 @@
 //! hang for ever on a silent peer.
 
 use super::classify::{is_configuration, sentence};
+use super::connection::BrokerConnection;
 use super::tls;
 use crate::config::{
     Broker,
@@ -27,14 +28,12 @@ use tokio_util::sync::CancellationToken;
 
 /// Longest a connect may take, TLS and login included.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Longest an orderly close may take before the socket is simply dropped.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// A silent peer is noticed after twice this; see RabbitMQ's documentation on heartbeats.
 const HEARTBEAT_SECONDS: u16 = 10;
 /// How often the connection is looked at besides its events.
 const LOOK: Duration = Duration::from_millis(100);
 
-type Connected = Option<Arc<Connection>>;
+type Connected = Option<Arc<BrokerConnection>>;
 
 /// The task that owns the connection.
 pub(super) struct Link {
@@ -73,7 +72,7 @@ impl Link {
         let _ = stop.run_until_cancelled(self.keep_up()).await;
         let connection = self.connection.send_replace(None);
         if let Some(connection) = connection {
-            let _ = tokio::time::timeout(CLOSE_LIMIT, connection.close(200, "stopping".into())).await;
+            connection.close("stopping").await;
         }
     }
 
@@ -94,7 +93,7 @@ impl Link {
         }
     }
 
-    async fn connect_until_up(&mut self) -> Arc<Connection> {
+    async fn connect_until_up(&mut self) -> Arc<BrokerConnection> {
         let (mut outage, mut configuration) = (OUTAGE_BACKOFF.delays(), CONFIGURATION_BACKOFF.delays());
         loop {
             let away = match self.connect_once().await {
@@ -119,7 +118,7 @@ impl Link {
         self.state.send_replace(away);
     }
 
-    async fn connect_once(&mut self) -> Result<Connection, SinkState> {
+    async fn connect_once(&mut self) -> Result<BrokerConnection, SinkState> {
         let away = |reason| SinkState::Away { configuration: true, reason };
         let secret = self.broker.endpoint.read().map_err(away)?;
         let urls = urls(&secret);
@@ -193,7 +192,7 @@ impl Drop for Link {
 }
 
 /// One connection to one address, or why there is none.
-pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<Connection, SinkState> {
+pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<BrokerConnection, SinkState> {
     let server = redact(url);
     let away = |configuration, reason: String| SinkState::Away {
         configuration,
@@ -205,7 +204,7 @@ pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<Connec
     let runtime = default_runtime().map_err(|error| away(false, error.to_string()))?;
     let connecting = Connection::connect_uri_with_config(uri, properties, tls, runtime);
     match tokio::time::timeout(CONNECT_LIMIT, connecting).await {
-        Ok(Ok(connection)) => Ok(connection),
+        Ok(Ok(connection)) => Ok(BrokerConnection::new(connection)),
         Ok(Err(error)) => Err(away(is_configuration(&error), sentence(&error))),
         Err(_) => {
             Err(away(false, "no answer within 10 s (a missing vhost can look like this too)".to_owned()))

@@ -1,6 +1,7 @@
 //! RabbitMQ over AMQP 0-9-1, with publisher confirms and `mandatory` always.
 //!
 //! - `link`: the connection: kept up, watched, announced.
+//! - `connection`: a connection that ends in order, with its channels.
 //! - `tls`: certificates for it.
 //! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
 //! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
@@ -9,6 +10,7 @@
 //! - `preflight`: what `check` looks at.
 
 pub mod classify;
+mod connection;
 mod exchanges;
 mod link;
 pub mod message;
@@ -21,6 +23,7 @@ pub use publisher::RabbitPublisher;
 use super::{Sink, SinkState};
 use crate::config::Broker;
 use crate::telemetry::Metrics;
+use connection::BrokerConnection;
 use link::Link;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -33,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 pub struct RabbitMq {
     confirm_timeout: Duration,
     state: watch::Receiver<SinkState>,
-    connection: watch::Receiver<Option<Arc<lapin::Connection>>>,
+    connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
     stop: CancellationToken,
     link: Mutex<Option<JoinHandle<()>>>,
 }

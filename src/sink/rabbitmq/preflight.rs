@@ -1,6 +1,7 @@
 //! What `check` looks at in the broker.
 
 use super::classify::{reply_code, sentence};
+use super::connection::BrokerConnection;
 use super::exchanges::declare_passively;
 use super::link::connect;
 use crate::config::{Settings, endpoint};
@@ -8,12 +9,8 @@ use crate::preflight::{Finding, ask};
 use crate::sink::SinkState;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
-use lapin::{BasicProperties, Confirmation, Connection};
+use lapin::{BasicProperties, Confirmation};
 use secrecy::SecretString;
-use std::time::Duration;
-
-/// Longest an orderly close may take; the answers are there already.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Looks at each address of the broker.
 pub async fn check(settings: &Settings) -> Vec<Finding> {
@@ -47,11 +44,11 @@ async fn check_one(url: &SecretString, settings: &Settings) -> Vec<Finding> {
         Finding::new("unroutable messages are returned", ask(returns(&connection)).await),
         Finding::new(what, ask(declared(&connection, exchange)).await),
     ];
-    let _ = tokio::time::timeout(CLOSE_LIMIT, connection.close(200, "checked".into())).await;
+    connection.close("checked").await;
     findings
 }
 
-async fn confirms(connection: &Connection) -> Result<(), String> {
+async fn confirms(connection: &BrokerConnection) -> Result<(), String> {
     let select = async {
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await
@@ -61,7 +58,7 @@ async fn confirms(connection: &Connection) -> Result<(), String> {
 
 /// Sends a mandatory message that no queue can take: the broker has to give it back. Reaches nobody, since
 /// the default exchange leads only to the queue of exactly this name.
-async fn returns(connection: &Connection) -> Result<(), String> {
+async fn returns(connection: &BrokerConnection) -> Result<(), String> {
     let nowhere = format!("outbox-relay.check.{}", uuid::Uuid::new_v4());
     let publish = async {
         let channel = connection.create_channel().await?;
@@ -83,7 +80,7 @@ async fn returns(connection: &Connection) -> Result<(), String> {
     }
 }
 
-async fn declared(connection: &Connection, exchange: &str) -> Result<(), String> {
+async fn declared(connection: &BrokerConnection, exchange: &str) -> Result<(), String> {
     if exchange.is_empty() {
         return Ok(());
     }

@@ -7,6 +7,7 @@
 //! broken batch, its acks are [`Fault::Unknown`].
 
 use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_limit};
+use super::connection::BrokerConnection;
 use super::exchanges::{Access, Exchanges};
 use super::message::{ID_HEADER, Message, compose};
 use crate::mutants::mutant;
@@ -18,7 +19,7 @@ use futures_util::{FutureExt, StreamExt};
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
-use lapin::{Channel, Confirmation, Connection};
+use lapin::{Channel, Confirmation};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -41,13 +42,13 @@ const LOST_LIMIT: Duration = Duration::from_secs(2);
 /// A worker's way to RabbitMQ.
 #[derive(Debug)]
 pub struct RabbitPublisher {
-    connection: watch::Receiver<Option<Arc<Connection>>>,
+    connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
     state: watch::Receiver<SinkState>,
     confirm_timeout: Duration,
     channel: Option<Open>,
     exchanges: Exchanges,
     /// The connection that `exchanges` and `message_size_max` were learned from.
-    learned_from: Weak<Connection>,
+    learned_from: Weak<BrokerConnection>,
     /// The broker's limit, once it has told us.
     message_size_max: Option<usize>,
 }
@@ -56,7 +57,7 @@ pub struct RabbitPublisher {
 #[derive(Debug, Clone)]
 struct Open {
     channel: Channel,
-    connection: Arc<Connection>,
+    connection: Arc<BrokerConnection>,
     opened_at: Instant,
 }
 
@@ -135,7 +136,7 @@ enum Ended {
 
 impl RabbitPublisher {
     pub(super) fn new(
-        connection: watch::Receiver<Option<Arc<Connection>>>,
+        connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
         state: watch::Receiver<SinkState>,
         confirm_timeout: Duration,
     ) -> Self {
@@ -181,13 +182,9 @@ impl RabbitPublisher {
         }
     }
 
-    /// Gives up a channel whose state is not known. Closed in the background, because a close can
-    /// hang as long as the connection is blocked.
     fn abandon_channel(&mut self) {
         if let Some(open) = self.channel.take() {
-            tokio::spawn(tokio::time::timeout(OPEN_LIMIT, async move {
-                let _ = open.channel.close(200, "abandoned".into()).await;
-            }));
+            open.connection.abandon(open.channel);
         }
     }
 
@@ -206,7 +203,7 @@ impl RabbitPublisher {
     /// message alone and the others after it, and last what must not overtake those of its key.
     async fn rounds(
         &mut self,
-        connection: &Connection,
+        connection: &BrokerConnection,
         batch: &[Row],
         messages: &[(usize, Message)],
         verdicts: &mut [Option<Verdict>],
