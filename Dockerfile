@@ -9,12 +9,14 @@ WORKDIR /build
 # target it reads of to exist, so the library and the binary are empty for now and benches, tests and examples (which
 # the image does not need) are cut out of the manifest.
 COPY Cargo.toml Cargo.lock ./
-# A member of the workspace and dependency of the tests: only its manifest must be there.
+# Members of the workspace, for tests and measures: only their manifests must be there.
 COPY chaos/Cargo.toml chaos/Cargo.toml
+COPY benches/end_to_end/Cargo.toml benches/end_to_end/Cargo.toml
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     cp Cargo.toml /tmp/Cargo.toml \
     && awk '/^\[/ { cut = /^\[\[(bench|test|example)\]\]/ } !cut' /tmp/Cargo.toml > Cargo.toml \
-    && mkdir src chaos/src && touch src/lib.rs chaos/src/lib.rs chaos/src/main.rs && echo 'fn main() {}' > src/main.rs \
+    && mkdir src chaos/src benches/end_to_end/src \
+    && touch src/lib.rs chaos/src/lib.rs chaos/src/main.rs benches/end_to_end/src/main.rs && echo 'fn main() {}' > src/main.rs \
     && cargo build --release --locked --bins \
     && rm -r src
 

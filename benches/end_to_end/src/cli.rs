@@ -1,0 +1,124 @@
+//! The command line.
+
+use crate::measures::{MEASURES, Measure, Size};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use std::path::PathBuf;
+
+/// What a run shall be.
+#[derive(Debug, Clone)]
+#[allow(missing_docs, reason = "named after the options")]
+pub struct Options {
+    pub measures: Vec<&'static Measure>,
+    pub quick: bool,
+    pub rounds: usize,
+    pub relay: PathBuf,
+    pub services: PathBuf,
+    pub dir: PathBuf,
+    pub save: Option<PathBuf>,
+}
+
+/// The command.
+pub fn command() -> Command {
+    let path = |name: &'static str, value: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name(value).value_parser(value_parser!(PathBuf)).help(help)
+    };
+    let flag = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+    };
+    Command::new("bench")
+        // scripts/bench says its own first; the caller's word counts.
+        .args_override_self(true)
+        .about("Measures the relay between real servers of its own, as a ratio to what the broker alone can take")
+        .after_help(
+            "Each measure is taken several times, in turns with a raw publisher (persistent, mandatory messages with\n\
+             confirms, no database; the best of three shapes). Claim ratios, not rates: rates are the machine's.\n\n\
+             Exit codes: 0 measured, 1 failed, 2 wrong usage. A goal that is missed is told, and is no failure.",
+        )
+        .arg(
+            Arg::new("only")
+                .long("only")
+                .value_name("NAMES")
+                .value_delimiter(',')
+                .help("Only these measures, separated by commas; see --list"),
+        )
+        .arg(flag("quick", "A few measures with few rows, once: shows that all works, and claims nothing"))
+        .arg(flag("all", "Long measures too"))
+        .arg(
+            Arg::new("rounds")
+                .long("rounds")
+                .value_name("N")
+                .value_parser(value_parser!(u64).range(1..=100))
+                .help("How often each measure is taken [default: 3, quick: 1]"),
+        )
+        .arg(path("save", "DIR", "Write the table, the raw data and a plot here too"))
+        .arg(flag("list", "Show all measures, and end"))
+        .arg(path("relay", "PATH", "The outbox-relay to measure").default_value("target/release/outbox-relay"))
+        .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
+        .arg(path("dir", "DIR", "Where servers and logs live").default_value("target/bench"))
+        .subcommand(raw())
+}
+
+/// The raw publisher, which a run starts as a process of its own.
+fn raw() -> Command {
+    let text = |name: &'static str| Arg::new(name).long(name).required(true);
+    let number =
+        |name: &'static str| Arg::new(name).long(name).required(true).value_parser(value_parser!(usize));
+    Command::new("raw")
+        .hide(true)
+        .about("Publishes to an exchange as fast as it can")
+        .args([text("amqp-url"), text("exchange")])
+        .args(["messages", "bytes", "channels", "window"].map(number))
+}
+
+/// The options, or one sentence that says what is wrong.
+pub fn options(matches: &ArgMatches) -> Result<Options, String> {
+    let path = |name: &str| {
+        let given = matches.get_one::<PathBuf>(name).cloned().unwrap_or_default();
+        std::path::absolute(&given).map_err(|error| format!("--{name} {}: {error}", given.display()))
+    };
+    let (quick, all) = (matches.get_flag("quick"), matches.get_flag("all"));
+    let names: Option<Vec<String>> = matches.get_many("only").map(|names| names.cloned().collect());
+    if let Some(unknown) =
+        names.iter().flatten().find(|name| MEASURES.iter().all(|measure| measure.name != name.as_str()))
+    {
+        return Err(format!("no measure is called '{unknown}': --list shows them all"));
+    }
+    let wanted = |measure: &&Measure| match &names {
+        Some(names) => names.iter().any(|name| name == measure.name),
+        None if quick => measure.size == Size::Quick,
+        None => all || measure.size != Size::Long,
+    };
+    let rounds = matches.get_one::<u64>("rounds").copied().unwrap_or(if quick { 1 } else { 3 });
+    Ok(Options {
+        measures: MEASURES.iter().filter(wanted).collect(),
+        quick,
+        rounds: usize::try_from(rounds).unwrap_or(usize::MAX),
+        relay: path("relay")?,
+        services: path("services")?,
+        dir: path("dir")?,
+        save: matches.get_one::<PathBuf>("save").cloned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Options, String> {
+        let words = std::iter::once("bench").chain(words.iter().copied());
+        options(&command().try_get_matches_from(words).map_err(|error| error.to_string())?)
+    }
+
+    #[test]
+    fn measures_are_chosen_by_name_or_size() {
+        command().debug_assert();
+        let names = |words: &[&str]| -> Vec<&str> {
+            parse(words).unwrap().measures.iter().map(|measure| measure.name).collect()
+        };
+        assert_eq!(names(&["--only", "start,backlog"]), ["backlog", "start"]);
+        assert!(names(&["--quick"]).len() < names(&[]).len());
+        assert!(names(&[]).len() < names(&["--all"]).len());
+        assert!(parse(&["--only", "nothing"]).unwrap_err().contains("'nothing'"));
+        assert!(parse(&["--rounds", "0"]).is_err());
+    }
+}

@@ -1,0 +1,94 @@
+//! What the relay costs when there is nothing to do, what it costs the writers, and how soon it is there.
+
+use crate::run::Sample;
+use crate::stand::{Place, Stand};
+use anyhow::Result;
+use sqlx::Connection;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// After its start a relay has a few things to do once.
+const SETTLED: Duration = Duration::from_secs(5);
+
+/// Processor time and statements of a relay without work.
+pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> {
+    let place = stand.place(name).await?;
+    stand.fresh_queue("quorum").await?;
+    let relay = place.relay(&[])?;
+    relay.until_ready().await?;
+    tokio::time::sleep(SETTLED).await;
+    let (before, counted, begun) = (relay.usage()?, place.counted().await?, Instant::now());
+    tokio::time::sleep(lasts).await;
+    let (after, counted) = (relay.usage()?, place.counted().await?.since(counted));
+    let seconds = begun.elapsed().as_secs_f64();
+    relay.stop().await?;
+    place.leave().await?;
+    Ok(vec![
+        ("CPU", "%", (after.cpu_seconds - before.cpu_seconds) / seconds * 100.0),
+        ("statements", "/s", counted.statements() / seconds),
+        ("WAL", "B/s", counted.wal_bytes() / seconds),
+        ("peak RSS", "MiB", after.peak_rss_mib),
+    ])
+}
+
+/// From the start of the process to ready, owning shards.
+pub async fn start(stand: &Stand, name: &str) -> Result<Sample> {
+    let place = stand.place(name).await?;
+    stand.fresh_queue("quorum").await?;
+    let relay = place.relay(&[])?;
+    relay.until_ready().await?;
+    let took = relay.started.elapsed();
+    relay.stop().await?;
+    place.leave().await?;
+    Ok(vec![("start to ready", "ms", took.as_secs_f64() * 1e3)])
+}
+
+/// Commits a second of so many connections that write a row each time, without a relay and beside one.
+pub async fn writers(stand: &Stand, name: &str, connections: usize, lasts: Duration) -> Result<Sample> {
+    let place = stand.place(name).await?;
+    stand.fresh_queue("quorum").await?;
+    let without = commits(&place, connections, lasts).await?;
+    place.sql("truncate outbox").await?;
+    let relay = place.relay(&[])?;
+    relay.until_ready().await?;
+    let beside = commits(&place, connections, lasts).await?;
+    relay.stop().await?;
+    place.leave().await?;
+    Ok(vec![
+        ("commits beside a relay", "of those without", beside / without),
+        ("without a relay", "commits/s", without),
+        ("beside a relay", "commits/s", beside),
+    ])
+}
+
+async fn commits(place: &Place<'_>, connections: usize, lasts: Duration) -> Result<f64> {
+    let insert = "insert into outbox (routing_key, ordering_key, payload)
+                  values ('bench', 'key ' || $1, jsonb_build_object('x', repeat('x', 490)))";
+    let over = CancellationToken::new();
+    let mut tasks = Vec::new();
+    let mut open = Vec::new();
+    for _ in 0..connections {
+        open.push(place.db().await?);
+    }
+    let begun = Instant::now();
+    for (writer, mut db) in open.into_iter().enumerate() {
+        let over = over.clone();
+        tasks.push(tokio::spawn(async move {
+            let mut commits = 0_u64;
+            while !over.is_cancelled() {
+                sqlx::query(insert).bind(writer as i64).execute(&mut db).await?;
+                commits += 1;
+            }
+            db.close().await?;
+            Ok::<_, sqlx::Error>(commits)
+        }));
+    }
+    tokio::time::sleep(lasts).await;
+    over.cancel();
+    let seconds = begun.elapsed().as_secs_f64();
+    let mut commits = 0;
+    for task in tasks {
+        commits += task.await??;
+    }
+    Ok(commits as f64 / seconds)
+}

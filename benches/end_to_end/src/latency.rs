@@ -1,0 +1,146 @@
+//! From commit to consumer.
+//!
+//! Rows are due by the clock, not when the one before is done (an open loop), so a stall is felt by all rows that were
+//! due during it. Two spans are measured: from the moment the commit was answered, and from the moment the row was *due*,
+//! which counts what the stall kept from being written at all (coordinated omission).
+
+use crate::run::Sample;
+use crate::stand::{NAME, Place, Stand};
+use anyhow::{Context, Result, ensure};
+use futures_util::StreamExt;
+use hdrhistogram::Histogram;
+use lapin::options::BasicConsumeOptions;
+use lapin::types::FieldTable;
+use sqlx::{Connection, PgConnection};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+
+/// No row may be under way for longer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// When each row was due, answered and received.
+#[derive(Debug, Clone)]
+struct Times {
+    due: Vec<Option<Instant>>,
+    committed: Vec<Option<Instant>>,
+    received: Vec<Option<Instant>>,
+}
+
+type Shared = Arc<Mutex<Times>>;
+
+fn note(times: &Shared, note: impl FnOnce(&mut Times)) {
+    note(&mut times.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+/// So many rows a second for so long.
+pub async fn steady(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Result<Sample> {
+    let rows = (f64::from(rate) * lasts.as_secs_f64()) as usize;
+    let writers = if rate > 1_000 { 16 } else { 4 };
+    let place = stand.place(name).await?;
+    let (times, consumer) = consumer(&place, rows).await?;
+    let relay = place.relay(&[])?;
+    relay.until_ready().await?;
+    let begin = Instant::now() + Duration::from_millis(500);
+    let mut tasks = Vec::new();
+    for writer in 0..writers {
+        let (times, mut db) = (Arc::clone(&times), place.db().await?);
+        tasks.push(tokio::spawn(async move {
+            for row in (writer..rows).step_by(writers) {
+                let due = begin + Duration::from_secs_f64(row as f64 / f64::from(rate));
+                sleep_until(due).await;
+                write(&mut db, &times, row, due).await?;
+            }
+            db.close().await.map_err(anyhow::Error::from)
+        }));
+    }
+    for task in tasks {
+        task.await??;
+    }
+    tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
+    relay.stop().await?;
+    place.leave().await?;
+    spans(&times)
+}
+
+/// One row after a silence, again and again.
+pub async fn lone(stand: &Stand, name: &str, silence: Duration, rows: usize) -> Result<Sample> {
+    let place = stand.place(name).await?;
+    let (times, consumer) = consumer(&place, rows).await?;
+    let relay = place.relay(&[])?;
+    relay.until_ready().await?;
+    let mut db = place.db().await?;
+    for row in 0..rows {
+        let due = Instant::now() + silence;
+        sleep_until(due).await;
+        write(&mut db, &times, row, due).await?;
+    }
+    tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
+    relay.stop().await?;
+    place.leave().await?;
+    spans(&times)
+}
+
+async fn write(db: &mut PgConnection, times: &Shared, row: usize, due: Instant) -> Result<()> {
+    let insert = "insert into outbox (routing_key, ordering_key, payload)
+                  values ('bench', 'key ' || $1 % 1000, jsonb_build_object('row', $1, 'x', repeat('x', 480)))";
+    sqlx::query(insert).bind(row as i64).execute(db).await?;
+    let now = Instant::now();
+    note(times, |times| (times.due[row], times.committed[row]) = (Some(due), Some(now)));
+    Ok(())
+}
+
+/// Notes when each row arrives, until all have.
+async fn consumer(place: &Place<'_>, rows: usize) -> Result<(Shared, JoinHandle<Result<()>>)> {
+    place.stand.fresh_queue("quorum").await?;
+    let (connection, channel) = place.stand.channel().await?;
+    let at_once = BasicConsumeOptions { no_ack: true, ..Default::default() };
+    let mut messages = channel.basic_consume(NAME.into(), "".into(), at_once, FieldTable::default()).await?;
+    let times = Shared::new(Mutex::new(Times {
+        due: vec![None; rows],
+        committed: vec![None; rows],
+        received: vec![None; rows],
+    }));
+    let arrivals = Arc::clone(&times);
+    let task = tokio::spawn(async move {
+        for _ in 0..rows {
+            let message = messages.next().await.context("the consumer was cancelled")??;
+            let now = Instant::now();
+            let body: serde_json::Value = serde_json::from_slice(&message.data)?;
+            let row = body["row"].as_u64().context("a row without a number")? as usize;
+            ensure!(row < rows, "row {row} was never written");
+            note(&arrivals, |times| times.received[row] = Some(now));
+        }
+        connection.close(200, "done".into()).await?;
+        drop(channel);
+        Ok(())
+    });
+    Ok((times, task))
+}
+
+fn spans(times: &Shared) -> Result<Sample> {
+    let times = times.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let of = |from: &[Option<Instant>]| -> Result<Histogram<u64>> {
+        // Microseconds, to three digits.
+        let mut spans = Histogram::new(3)?;
+        for (from, to) in from.iter().zip(&times.received) {
+            let (from, to) = from.zip(*to).context("a row has no times")?;
+            // The message may be here before the writer has heard of its commit.
+            spans.record(to.saturating_duration_since(from).as_micros() as u64)?;
+        }
+        Ok(spans)
+    };
+    let (committed, due) = (of(&times.committed)?, of(&times.due)?);
+    let ms = |spans: &Histogram<u64>, quantile| spans.value_at_quantile(quantile) as f64 / 1e3;
+    Ok(vec![
+        ("commit to consumer, p50", "ms", ms(&committed, 0.5)),
+        ("commit to consumer, p95", "ms", ms(&committed, 0.95)),
+        ("commit to consumer, p99", "ms", ms(&committed, 0.99)),
+        ("commit to consumer, max", "ms", ms(&committed, 1.0)),
+        ("due to consumer, p50", "ms", ms(&due, 0.5)),
+        ("due to consumer, p95", "ms", ms(&due, 0.95)),
+        ("due to consumer, p99", "ms", ms(&due, 0.99)),
+        ("due to consumer, max", "ms", ms(&due, 1.0)),
+    ])
+}

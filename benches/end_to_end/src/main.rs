@@ -1,0 +1,56 @@
+//! Measures the relay between real servers of its own, and the broker alone in the same minutes.
+//!
+//! ```text
+//!            raw publisher ───────────▶ RabbitMQ        the ceiling
+//!  rows ──▶ Postgres ──▶ relay ───────▶ RabbitMQ        what is measured, as a ratio to it
+//! ```
+//!
+//! Absolute times depend on the machine, and on who else uses it. So each measure runs beside the raw publisher, in
+//! turns, and only their ratio is claimed.
+//!
+//! - [`measures`]: what is measured, as data
+//! - [`stand`], [`process`], [`distance`]: servers, processes and a network to measure on
+//! - [`raw`], [`drain`], [`latency`], [`cost`]: how
+//! - [`stats`], [`report`], [`plot`]: what came of it
+
+mod cli;
+mod cost;
+mod distance;
+mod drain;
+mod latency;
+mod measures;
+mod plot;
+mod process;
+mod raw;
+mod report;
+mod run;
+mod stand;
+mod stats;
+
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let matches = cli::command().get_matches();
+    if matches.get_flag("list") {
+        println!("{}", measures::list());
+        return ExitCode::SUCCESS;
+    }
+    let done = match matches.subcommand() {
+        Some(("raw", matches)) => raw::main(matches).await,
+        _ => match cli::options(&matches) {
+            Ok(options) => run::run(options).await,
+            Err(sentence) => {
+                eprintln!("error: {sentence} (see --help)");
+                return ExitCode::from(2);
+            }
+        },
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

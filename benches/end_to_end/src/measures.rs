@@ -1,0 +1,239 @@
+//! What is measured, as data.
+
+use crate::raw::Shape;
+use std::time::Duration;
+
+/// One measure.
+#[derive(Debug, Clone, Copy)]
+pub struct Measure {
+    /// Its name on the command line and in reports.
+    pub name: &'static str,
+    /// What it shows.
+    pub about: &'static str,
+    /// How it is taken.
+    pub kind: Kind,
+    /// Which runs it belongs to.
+    pub size: Size,
+    /// What is to be reached: name of a figure, and its bound.
+    pub goals: &'static [(&'static str, Goal)],
+}
+
+/// How a measure is taken.
+#[derive(Debug, Clone, Copy)]
+pub enum Kind {
+    /// A backlog is there, a relay starts: how fast is it gone?
+    Drain(Drain),
+    /// So many rows a second for a while: how long from commit to consumer?
+    Latency {
+        /// Rows a second.
+        rate: u32,
+    },
+    /// One row after a silence, again and again.
+    LoneRow {
+        /// How long nothing is written before it.
+        silence: Duration,
+    },
+    /// Nothing to do.
+    Idle,
+    /// From the start of the process to ready.
+    Start,
+    /// The writers' commits a second, with and without a relay beside them.
+    Writers {
+        /// Connections that write.
+        connections: usize,
+    },
+}
+
+/// In which runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Size {
+    /// In all, with fewer rows in a quick one.
+    Quick,
+    /// Not in quick ones.
+    Normal,
+    /// Only when named, or with `--all`: takes many minutes.
+    Long,
+}
+
+/// A bound.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// No less.
+    AtLeast(f64),
+    /// No more.
+    AtMost(f64),
+}
+
+/// A backlog, and the relay that drains it.
+#[derive(Debug, Clone, Copy)]
+pub struct Drain {
+    /// Rows.
+    pub rows: usize,
+    /// Ordering keys.
+    pub keys: Keys,
+    /// Bytes of a payload.
+    pub bytes: usize,
+    /// Type of the column.
+    pub payload: &'static str,
+    /// `OUTBOX_ORDERING`.
+    pub ordering: &'static str,
+    /// Type of the queue.
+    pub queue: &'static str,
+    /// Delivered rows are deleted, not marked.
+    pub delete: bool,
+    /// What the table has behind it.
+    pub past: Past,
+    /// The broker is further away, by this much for a way there and back.
+    pub round_trip: Duration,
+    /// Relays.
+    pub replicas: usize,
+    /// The raw publisher it is compared with, if not the best.
+    pub raw: Option<Shape>,
+}
+
+/// Ordering keys of a backlog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keys {
+    /// So many, in turns.
+    Many(u32),
+    /// All rows have none.
+    None,
+}
+
+/// What a table has behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Past {
+    /// Nothing.
+    Fresh,
+    /// So many delivered rows that are still kept.
+    Delivered(u32),
+    /// So many rows delivered since a transaction began that is still open: nothing of them can be cleaned up.
+    OpenTransaction(u32),
+}
+
+/// The row that all others differ from in one thing.
+const USUAL: Drain = Drain {
+    rows: 200_000,
+    keys: Keys::Many(1000),
+    bytes: 500,
+    payload: "jsonb",
+    ordering: "strict",
+    queue: "quorum",
+    delete: false,
+    past: Past::Fresh,
+    round_trip: Duration::ZERO,
+    replicas: 1,
+    raw: None,
+};
+
+use Goal::{AtLeast, AtMost};
+use Kind::{Idle, Latency, LoneRow, Start, Writers};
+use Size::{Long, Normal, Quick};
+
+/// The measure that others are compared with by [`AGAINST_USUAL`].
+pub const USUAL_NAME: &str = "marked";
+/// The figure of a drain: its ratio by that of the usual drain.
+pub const AGAINST_USUAL: &str = "against `marked`";
+
+const fn drain(
+    name: &'static str,
+    size: Size,
+    drain: Drain,
+    goals: &'static [(&'static str, Goal)],
+    about: &'static str,
+) -> Measure {
+    Measure { name, about, kind: Kind::Drain(drain), size, goals }
+}
+
+const fn other(
+    name: &'static str,
+    size: Size,
+    kind: Kind,
+    goals: &'static [(&'static str, Goal)],
+    about: &'static str,
+) -> Measure {
+    Measure { name, about, kind, size, goals }
+}
+
+const FIVE_MS: Duration = Duration::from_millis(5);
+
+/// All measures, in the order in which they run.
+#[rustfmt::skip]
+pub const MEASURES: &[Measure] = &[
+    drain("marked", Quick, USUAL,
+        &[("ratio", AtLeast(0.95)), ("CPU per 100 000 rows", AtMost(0.9)), ("peak RSS", AtMost(40.0)), ("WAL per row", AtMost(350.0))],
+        "200 000 rows of 500 bytes over 1000 keys, strict, quorum queue, marked as delivered"),
+    drain("deleted", Quick, Drain { delete: true, ..USUAL },
+        &[("ratio", AtLeast(1.0)), ("WAL per row", AtMost(120.0))],
+        "the same, delivered rows are deleted"),
+    drain("pipelined", Normal, Drain { ordering: "pipelined", ..USUAL }, &[], "many messages of a key at a time"),
+    drain("unordered", Normal, Drain { ordering: "none", ..USUAL }, &[], "no order kept"),
+    drain("no-keys", Normal, Drain { keys: Keys::None, ..USUAL }, &[], "rows without a key"),
+    drain("one-key", Quick, Drain { rows: 20_000, keys: Keys::Many(1), raw: Some(Shape { channels: 1, window: 1 }), ..USUAL },
+        &[("ratio", AtLeast(0.9))],
+        "one hot key, strict, against a raw publisher that waits for each confirm"),
+    drain("classic", Normal, Drain { queue: "classic", ..USUAL }, &[], "a classic queue"),
+    drain("json", Normal, Drain { payload: "json", ..USUAL }, &[], "payload of type json"),
+    drain("text", Normal, Drain { payload: "text", ..USUAL }, &[], "payload of type text"),
+    drain("bytea", Normal, Drain { payload: "bytea", ..USUAL }, &[], "payload of type bytea"),
+    drain("20-bytes", Normal, Drain { bytes: 20, ..USUAL }, &[], "small rows"),
+    drain("100-kB", Normal, Drain { bytes: 100_000, rows: 5_000, payload: "bytea", ..USUAL }, &[], "large rows, stored uncompressed"),
+    drain("old-rows", Normal, Drain { past: Past::Delivered(10_000_000), ..USUAL },
+        &[(AGAINST_USUAL, AtLeast(0.95))],
+        "the table keeps 10 million delivered rows"),
+    drain("open-transaction", Normal, Drain { past: Past::OpenTransaction(1_000_000), ..USUAL },
+        &[(AGAINST_USUAL, AtLeast(0.95))],
+        "a million dead index entries, and a transaction open since before"),
+    drain("distant", Normal, Drain { round_trip: FIVE_MS, raw: Some(Shape { channels: 4, window: 500 }), ..USUAL },
+        &[("ratio", AtLeast(0.9))],
+        "the broker 5 ms away, against raw at the same distance with the same number unconfirmed"),
+    drain("two-replicas", Normal, Drain { replicas: 2, ..USUAL }, &[], "two relays share the work"),
+    drain("four-replicas", Normal, Drain { replicas: 4, ..USUAL }, &[], "four relays share the work"),
+    drain("backlog", Long, Drain { rows: 5_000_000, ..USUAL },
+        &[("peak RSS", AtMost(40.0))],
+        "a backlog of 5 million rows"),
+    other("latency-10", Normal, Latency { rate: 10 }, &[], "10 rows a second, commit to consumer"),
+    other("latency-500", Quick, Latency { rate: 500 },
+        &[("commit to consumer, p50", AtMost(3.0)), ("commit to consumer, p99", AtMost(10.0))],
+        "500 rows a second, commit to consumer, the relay idle before"),
+    other("latency-5000", Normal, Latency { rate: 5_000 }, &[], "5000 rows a second, commit to consumer"),
+    other("lone-row", Normal, LoneRow { silence: Duration::from_secs(2) },
+        &[("commit to consumer, p99", AtMost(115.0))],
+        "one row after two seconds of silence, a hundred times"),
+    other("lone-row-minute", Long, LoneRow { silence: Duration::from_secs(60) },
+        &[("commit to consumer, p99", AtMost(115.0))],
+        "one row after a minute of silence, ten times"),
+    other("idle", Normal, Idle,
+        &[("CPU", AtMost(0.5)), ("statements", AtMost(15.0))],
+        "nothing to do for a minute"),
+    other("start", Quick, Start, &[("start to ready", AtMost(300.0))], "start of the process to ready"),
+    other("writers-1", Normal, Writers { connections: 1 }, &[], "one writing connection, with and without a relay"),
+    other("writers-8", Normal, Writers { connections: 8 }, &[], "eight writing connections, with and without a relay"),
+    other("writers-32", Normal, Writers { connections: 32 }, &[], "32 writing connections, with and without a relay"),
+];
+
+/// A line for each.
+pub fn list() -> String {
+    let line = |measure: &Measure| {
+        let size = match measure.size {
+            Quick => "quick",
+            Normal => "",
+            Long => "long",
+        };
+        format!("{:<18}{size:<7}{}", measure.name, measure.about)
+    };
+    MEASURES.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn names_are_used_once() {
+        let names: HashSet<_> = MEASURES.iter().map(|measure| measure.name).collect();
+        assert_eq!(names.len(), MEASURES.len());
+        assert!(names.contains(USUAL_NAME));
+    }
+}

@@ -1,0 +1,101 @@
+//! A child process, and what it has cost: processor time and memory as the kernel counts them.
+
+use anyhow::{Context, Result, ensure};
+use outbox_relay_chaos::relays::get;
+use std::collections::BTreeMap;
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+use tokio::process::{Child, Command};
+
+/// What the kernel counts in: USER_HZ, which is 100 on every Linux that Rust runs on.
+const TICKS_PER_SECOND: f64 = 100.0;
+/// After this a relay that should be ready, or gone, has failed.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A relay under measurement; killed when dropped.
+#[derive(Debug)]
+pub struct Relay {
+    child: Child,
+    address: SocketAddr,
+    /// When it was started.
+    pub started: Instant,
+}
+
+impl Relay {
+    /// Starts `relay run` with these settings and nothing else in its environment.
+    pub fn start(binary: &Path, settings: &BTreeMap<String, String>, log: &Path) -> Result<Self> {
+        let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let log = std::fs::File::options().create(true).append(true).open(log)?;
+        let mut command = Command::new(binary);
+        command.arg("run").env_clear().envs(settings).env("OUTBOX_HTTP_LISTEN", address.to_string());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+        let started = Instant::now();
+        let child = command.spawn().with_context(|| format!("{} does not run", binary.display()))?;
+        Ok(Self { child, address, started })
+    }
+
+    /// Waits until it is ready and owns shards.
+    pub async fn until_ready(&self) -> Result<()> {
+        while get(self.address, "/readyz").await.0 != 200 || self.metric("owned_shards").await < 1.0 {
+            ensure!(self.started.elapsed() < LIMIT, "the relay does not become ready");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    }
+
+    /// A metric by its name without the prefix, with its labels; 0 as long as nobody answers.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let scrape = get(self.address, "/metrics").await.1;
+        let prefix = format!("outbox_relay_{name} ");
+        let value = scrape.lines().find_map(|line| line.strip_prefix(&prefix)?.trim().parse().ok());
+        value.unwrap_or(0.0)
+    }
+
+    /// Rows that are delivered and committed as such.
+    pub async fn delivered(&self) -> u64 {
+        self.metric("messages_total{result=\"delivered\"}").await as u64
+    }
+
+    /// What it has cost so far.
+    pub fn usage(&self) -> Result<Usage> {
+        usage(self.child.id().context("the relay has ended by itself: see its log")?)
+    }
+
+    /// SIGTERM, and the end.
+    pub async fn stop(mut self) -> Result<()> {
+        let pid = self.child.id().context("the relay has ended by itself: see its log")?;
+        let kill = Command::new("kill").args(["-TERM", &pid.to_string()]).status().await?;
+        ensure!(kill.success(), "kill failed");
+        let status =
+            tokio::time::timeout(LIMIT, self.child.wait()).await.context("the relay does not stop")??;
+        ensure!(status.success(), "the relay ended with {status}");
+        Ok(())
+    }
+}
+
+/// Of one process.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// User and system time.
+    pub cpu_seconds: f64,
+    /// The most resident memory there has been.
+    pub peak_rss_mib: f64,
+}
+
+/// As the kernel counts it up to now.
+pub fn usage(pid: u32) -> Result<Usage> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
+    // The name in brackets may hold anything; behind it come numbers. 14 and 15 of all are utime and stime.
+    let numbers = stat.rsplit_once(')').context("no /proc/PID/stat")?.1;
+    let ticks = |place: usize| numbers.split_whitespace().nth(place - 3)?.parse::<f64>().ok();
+    let ticks = ticks(14).zip(ticks(15)).context("no /proc/PID/stat")?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    Ok(Usage {
+        cpu_seconds: (ticks.0 + ticks.1) / TICKS_PER_SECOND,
+        peak_rss_mib: peak.unwrap_or(0.0_f64) / 1024.0,
+    })
+}

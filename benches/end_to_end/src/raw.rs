@@ -1,0 +1,118 @@
+//! The ceiling: persistent, mandatory messages with confirms from this process to the broker, and no database. Their
+//! properties are those of the relay's messages.
+//!
+//! The same AMQP client as the relay's, at its best: a sliding window of unconfirmed messages on each of some channels.
+//! It runs as a process of its own, so that its processor time can be told from everything else's.
+
+use crate::process::usage;
+use anyhow::{Result, ensure};
+use clap::ArgMatches;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// How the raw publisher sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Channels of one connection.
+    pub channels: usize,
+    /// Unconfirmed messages on each at a time.
+    pub window: usize,
+}
+
+/// Tried one after the other; the best is the ceiling.
+pub const SHAPES: [Shape; 3] = [
+    Shape { channels: 1, window: 1000 },
+    Shape { channels: 4, window: 250 },
+    Shape { channels: 4, window: 1000 },
+];
+
+/// What it prints.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Done {
+    /// From its start to the last confirm.
+    pub seconds: f64,
+    /// Of this process.
+    pub cpu_seconds: f64,
+}
+
+/// `bench raw`: publishes, prints what it took, and ends.
+pub async fn main(matches: &ArgMatches) -> Result<()> {
+    let begun = Instant::now();
+    let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
+    let number = |name: &str| matches.get_one::<usize>(name).copied().unwrap_or_default();
+    let shape = Shape { channels: number("channels"), window: number("window") };
+    publish(&text("amqp-url"), text("exchange"), number("messages"), number("bytes"), shape).await?;
+    let cpu_seconds = usage(std::process::id())?.cpu_seconds;
+    println!("{}", serde_json::to_string(&Done { seconds: begun.elapsed().as_secs_f64(), cpu_seconds })?);
+    Ok(())
+}
+
+async fn publish(url: &str, exchange: String, messages: usize, bytes: usize, shape: Shape) -> Result<()> {
+    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+    let payload: Arc<[u8]> = vec![b'x'; bytes].into();
+    let share = messages.div_ceil(shape.channels);
+    let mut tasks = Vec::new();
+    for _ in 0..shape.channels {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        tasks.push(tokio::spawn(send(channel, exchange.clone(), Arc::clone(&payload), share, shape.window)));
+    }
+    // A channel that is dropped while its connection closes makes lapin fail the connection.
+    let mut open = Vec::new();
+    for task in tasks {
+        open.push(task.await??);
+    }
+    connection.close(200, "done".into()).await?;
+    Ok(())
+}
+
+async fn send(
+    channel: Channel,
+    exchange: String,
+    payload: Arc<[u8]>,
+    messages: usize,
+    window: usize,
+) -> Result<Channel> {
+    // As large as what the relay sends.
+    let mut headers = FieldTable::default();
+    headers.insert("x-outbox-id".into(), AMQPValue::LongLongInt(1_000_000));
+    headers.insert("x-outbox-key".into(), AMQPValue::LongString("key 1000".into()));
+    let properties = BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_content_type("application/json".into())
+        .with_message_id("00000000-0000-0000-0000-000000000000".into())
+        .with_timestamp(1_700_000_000)
+        .with_headers(headers);
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let publish = || {
+        let sent = channel.basic_publish(
+            exchange.as_str().into(),
+            "bench".into(),
+            options,
+            &payload,
+            properties.clone(),
+        );
+        async { sent.await?.await }
+    };
+    let mut open = FuturesUnordered::new();
+    let mut left = messages;
+    while left > 0 || !open.is_empty() {
+        // All at once, so that frames share writes.
+        let free = window.saturating_sub(open.len()).min(left);
+        left -= free;
+        open.extend((0..free).map(|_| publish()));
+        let mut answer = open.next().await;
+        while let Some(confirmation) = answer {
+            ensure!(matches!(confirmation?, Confirmation::Ack(None)), "a message was refused or returned");
+            answer = open.next().now_or_never().flatten();
+        }
+    }
+    drop(open);
+    Ok(channel)
+}

@@ -1,0 +1,224 @@
+//! The outcome of a run: a table for people, all figures as JSON, and a plot.
+
+use crate::cli::Options;
+use crate::measures::{Goal, Measure};
+use crate::plot;
+use crate::run::Sample;
+use crate::stand::Stand;
+use crate::stats::Spread;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+/// A figure of a measure over all rounds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Figure {
+    /// What.
+    pub name: &'static str,
+    /// In what.
+    pub unit: &'static str,
+    /// Middle and ends.
+    #[serde(flatten)]
+    pub spread: Spread,
+    /// Each round.
+    pub rounds: Vec<f64>,
+    /// What is to be reached, in words.
+    pub goal: Option<String>,
+    /// The median does.
+    pub reached: Option<bool>,
+}
+
+/// A measure that was taken.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// Its name.
+    pub name: &'static str,
+    /// What it shows.
+    pub about: &'static str,
+    /// Its figures.
+    pub figures: Vec<Figure>,
+    #[serde(skip)]
+    goals: &'static [(&'static str, Goal)],
+}
+
+impl Measured {
+    /// From its rounds, of which there is at least one.
+    pub fn new(measure: &Measure, samples: &[Sample]) -> Self {
+        let mut measured =
+            Self { name: measure.name, about: measure.about, figures: Vec::new(), goals: measure.goals };
+        for (place, (name, unit, _)) in samples.first().into_iter().flatten().enumerate() {
+            measured.add(
+                name,
+                unit,
+                samples.iter().filter_map(|sample| Some(sample.get(place)?.2)).collect(),
+            );
+        }
+        measured
+    }
+
+    /// The median of a figure.
+    pub fn median(&self, name: &str) -> Option<f64> {
+        self.figure(name).map(|figure| figure.spread.median)
+    }
+
+    /// A figure by its name.
+    pub fn figure(&self, name: &str) -> Option<&Figure> {
+        self.figures.iter().find(|figure| figure.name == name)
+    }
+
+    /// A figure made of another one, if that is there.
+    pub fn add_scaled(&mut self, from: &str, name: &'static str, unit: &'static str, factor: f64) {
+        if let Some(rounds) = self.figure(from).map(|figure| figure.rounds.clone()) {
+            self.add(name, unit, rounds.into_iter().map(|value| value * factor).collect());
+        }
+    }
+
+    fn add(&mut self, name: &'static str, unit: &'static str, rounds: Vec<f64>) {
+        let Some(spread) = Spread::of(rounds.iter().copied()) else { return };
+        let goal = self.goals.iter().find(|(of, _)| *of == name).map(|(_, goal)| *goal);
+        let words = goal.map(|goal| match goal {
+            Goal::AtLeast(bound) => format!("≥ {bound}"),
+            Goal::AtMost(bound) => format!("≤ {bound}"),
+        });
+        let reached = goal.map(|goal| match goal {
+            Goal::AtLeast(bound) => spread.median >= bound,
+            Goal::AtMost(bound) => spread.median <= bound,
+        });
+        self.figures.push(Figure { name, unit, spread, rounds, goal: words, reached });
+    }
+}
+
+/// A run.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Report {
+    pub at: String,
+    pub commit: String,
+    pub relay: String,
+    pub rustc: String,
+    pub postgres: String,
+    pub rabbitmq: String,
+    pub machine: Machine,
+    pub quick: bool,
+    pub seconds: f64,
+    pub measures: Vec<Measured>,
+}
+
+/// Where it ran.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct Machine {
+    pub cpu: String,
+    pub cores: usize,
+    pub memory_mib: u64,
+    pub kernel: String,
+}
+
+impl Report {
+    /// Asks what else belongs to it.
+    pub async fn new(
+        stand: &Stand,
+        options: &Options,
+        measures: Vec<Measured>,
+        took: Duration,
+    ) -> Result<Self> {
+        let (postgres, rabbitmq) = stand.versions().await?;
+        let (at, _) = OffsetDateTime::now_utc().format(&Rfc3339).map(|at| (at, ()))?;
+        let dirty = if said(&["git", "status", "--porcelain"]).is_empty() { "" } else { ", changed" };
+        Ok(Self {
+            at,
+            commit: said(&["git", "rev-parse", "--short", "HEAD"]) + dirty,
+            relay: said(&[&options.relay.to_string_lossy(), "--version"]),
+            rustc: said(&["rustc", "--version"]),
+            postgres,
+            rabbitmq,
+            machine: Machine::this(),
+            quick: options.quick,
+            seconds: took.as_secs_f64(),
+            measures,
+        })
+    }
+
+    /// In Markdown.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let Machine { cpu, cores, memory_mib, kernel } = &self.machine;
+        let _ = writeln!(
+            text,
+            "{} · commit {} · {} · Postgres {} · RabbitMQ {} · {cpu}, {cores} cores, {memory_mib} MiB, Linux {kernel} · {:.0} s{}\n",
+            self.at,
+            self.commit,
+            self.relay,
+            self.postgres,
+            self.rabbitmq,
+            self.seconds,
+            if self.quick { " · quick: shows that all works, claims nothing" } else { "" },
+        );
+        text.push_str("| measure | figure | median | min – max | goal | |\n|---|---|---|---|---|---|\n");
+        for measured in &self.measures {
+            for (place, figure) in measured.figures.iter().enumerate() {
+                let name = if place == 0 { measured.name } else { "" };
+                let Figure { spread, unit, .. } = figure;
+                let reached = match figure.reached {
+                    Some(true) => "reached",
+                    Some(false) => "missed",
+                    None => "",
+                };
+                let _ = writeln!(
+                    text,
+                    "| {name} | {} | {} {unit} | {} – {} | {} | {reached} |",
+                    figure.name,
+                    digits(spread.median),
+                    digits(spread.min),
+                    digits(spread.max),
+                    figure.goal.as_deref().unwrap_or(""),
+                );
+            }
+        }
+        text
+    }
+}
+
+impl Machine {
+    fn this() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let (cpus, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
+        let cpu = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let memory =
+            memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
+        Self {
+            cpu: cpu.map_or("unknown", |(_, model)| model).to_owned(),
+            cores: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_mib: memory.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1024,
+            kernel: said(&["uname", "-r"]),
+        }
+    }
+}
+
+/// What a command prints, or nothing.
+fn said(command: &[&str]) -> String {
+    let output = Command::new(command[0]).args(&command[1..]).output();
+    output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default()
+}
+
+/// Three digits that mean something.
+fn digits(value: f64) -> String {
+    match value.abs() {
+        0.0..10.0 => format!("{value:.2}"),
+        10.0..100.0 => format!("{value:.1}"),
+        _ => format!("{value:.0}"),
+    }
+}
+
+/// `table.md`, `results.json`, `ratios.svg`.
+pub fn save(report: &Report, dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    std::fs::write(dir.join("table.md"), report.table())?;
+    std::fs::write(dir.join("results.json"), serde_json::to_string_pretty(report)? + "\n")?;
+    plot::ratios(report, &dir.join("ratios.svg"))
+}

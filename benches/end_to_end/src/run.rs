@@ -1,0 +1,143 @@
+//! A run: servers, then one measure after the other, each some times.
+
+use crate::cli::Options;
+use crate::drain::Drained;
+use crate::measures::{AGAINST_USUAL, Drain, Keys, Kind, Measure, Past, Size, USUAL_NAME};
+use crate::report::{Measured, Report};
+use crate::stand::Stand;
+use crate::{cost, latency, report};
+use anyhow::{Context, Result};
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+/// One round of a measure: figures by name, with unit and value.
+pub type Sample = Vec<(&'static str, &'static str, f64)>;
+
+/// A quick run shows that all works, no more.
+const QUICK_ROWS: usize = 20_000;
+
+/// Runs and prints.
+pub async fn run(options: Options) -> Result<()> {
+    let begun = Instant::now();
+    println!(
+        "{} measures, {} rounds each; starting a Postgres and a RabbitMQ …",
+        options.measures.len(),
+        options.rounds
+    );
+    let stand = Stand::start(&options.services, &options.relay, &options.dir).await?;
+    let mut all: Vec<Measured> = Vec::new();
+    for (place, measure) in options.measures.iter().enumerate() {
+        let progress =
+            Progress { name: measure.name, place, of: options.measures.len(), begun: Instant::now() };
+        let samples = take(&stand, measure, &options, &progress).await.with_context(|| {
+            format!("measure {} failed (relay's log: {}/relay.log)", measure.name, options.dir.display())
+        })?;
+        progress.done();
+        all.push(Measured::new(measure, &samples));
+    }
+    compare_with_usual(&mut all);
+    let report = Report::new(&stand, &options, all, begun.elapsed()).await?;
+    print!("\n{}", report.table());
+    if let Some(dir) = &options.save {
+        report::save(&report, dir)?;
+        println!("\nsaved in {}", dir.display());
+    }
+    Ok(())
+}
+
+async fn take(
+    stand: &Stand,
+    measure: &Measure,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Vec<Sample>> {
+    // Long measures are about what many rows do; once is enough.
+    let rounds = if measure.size == Size::Long { 1 } else { options.rounds };
+    let mut samples = Vec::new();
+    let drained = match measure.kind {
+        Kind::Drain(drain) => {
+            progress.tell("making the table");
+            Some(Drained::prepare(stand, measure.name, scaled(drain, options.quick)).await?)
+        }
+        _ => None,
+    };
+    for round in 1..=rounds {
+        progress.tell(&format!("round {round} of {rounds}"));
+        let name = format!("{}_{round}", measure.name);
+        samples.push(match (measure.kind, &drained) {
+            (_, Some(drained)) => drained.round().await?,
+            (kind, None) => take_other(stand, &name, kind, options.quick).await?,
+        });
+    }
+    if let Some(drained) = drained {
+        drained.leave().await?;
+    }
+    Ok(samples)
+}
+
+async fn take_other(stand: &Stand, name: &str, kind: Kind, quick: bool) -> Result<Sample> {
+    let seconds = |normal, short| Duration::from_secs(if quick { short } else { normal });
+    match kind {
+        Kind::Drain(_) => anyhow::bail!("a drain has a table"),
+        Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3)).await,
+        Kind::LoneRow { silence } => {
+            let rows = if silence > Duration::from_secs(10) { 10 } else { 100 };
+            latency::lone(stand, name, silence, if quick { 3 } else { rows }).await
+        }
+        Kind::Idle => cost::idle(stand, name, seconds(60, 5)).await,
+        Kind::Start => cost::start(stand, name).await,
+        Kind::Writers { connections } => cost::writers(stand, name, connections, seconds(10, 2)).await,
+    }
+}
+
+/// With fewer rows in a quick run.
+fn scaled(drain: Drain, quick: bool) -> Drain {
+    if !quick {
+        return drain;
+    }
+    let past = match drain.past {
+        Past::Fresh => Past::Fresh,
+        Past::Delivered(rows) => Past::Delivered(rows / 100),
+        Past::OpenTransaction(rows) => Past::OpenTransaction(rows / 100),
+    };
+    let rows = if drain.keys == Keys::Many(1) { QUICK_ROWS / 10 } else { QUICK_ROWS };
+    Drain { rows: rows.min(drain.rows), past, ..drain }
+}
+
+/// A figure more for each drain: its ratio by that of the usual one.
+fn compare_with_usual(all: &mut [Measured]) {
+    let usual =
+        all.iter().find(|measured| measured.name == USUAL_NAME).and_then(|usual| usual.median("ratio"));
+    let Some(usual) = usual else { return };
+    for measured in all.iter_mut().filter(|measured| measured.name != USUAL_NAME) {
+        measured.add_scaled("ratio", AGAINST_USUAL, "", 1.0 / usual);
+    }
+}
+
+/// A line that says what is being done.
+struct Progress {
+    name: &'static str,
+    place: usize,
+    of: usize,
+    begun: Instant,
+}
+
+impl Progress {
+    fn tell(&self, what: &str) {
+        if std::io::stdout().is_terminal() {
+            print!("\r\x1b[2K{:>3} of {}  {:<18} {what}", self.place + 1, self.of, self.name);
+            let _ = std::io::stdout().flush();
+        }
+    }
+
+    fn done(&self) {
+        let clear = if std::io::stdout().is_terminal() { "\r\x1b[2K" } else { "" };
+        println!(
+            "{clear}{:>3} of {}  {:<18} {:.0} s",
+            self.place + 1,
+            self.of,
+            self.name,
+            self.begun.elapsed().as_secs_f64()
+        );
+    }
+}

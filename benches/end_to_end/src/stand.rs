@@ -1,0 +1,234 @@
+//! The test stand: a Postgres and a RabbitMQ of its own, set up as servers in earnest are (everything is synced to disk),
+//! and a clean place on them for each measure.
+
+use crate::process::Relay;
+use anyhow::{Context, Result, ensure};
+use lapin::options::{
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
+use outbox_relay_chaos::servers::Servers;
+use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use tokio::process::Command;
+
+/// Exchange and queue of every measure.
+pub const NAME: &str = "bench";
+
+/// As for a small server with an ordinary disk. No checkpoint falls into a measure.
+const SETTINGS: &[&str] = &[
+    "shared_preload_libraries = 'pg_stat_statements'",
+    "shared_buffers = '512MB'",
+    "max_wal_size = '16GB'",
+    "checkpoint_timeout = '1h'",
+];
+
+/// The servers.
+#[derive(Debug)]
+pub struct Stand {
+    servers: Servers,
+    /// The relay that is measured.
+    pub relay: PathBuf,
+    /// Where logs go.
+    pub dir: PathBuf,
+}
+
+impl Stand {
+    /// Starts the servers in `dir`.
+    pub async fn start(script: &Path, relay: &Path, dir: &Path) -> Result<Self> {
+        ensure!(
+            relay.is_file(),
+            "there is no relay at {}: build it, or name it with --relay",
+            relay.display()
+        );
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let (script, services) = (script.to_owned(), dir.join("services"));
+        let servers =
+            tokio::task::spawn_blocking(move || Servers::start_durable(&script, &services)).await??;
+        let stand = Self { servers, relay: relay.to_owned(), dir: dir.to_owned() };
+        let mut db = stand.superuser("postgres").await?;
+        for setting in SETTINGS {
+            db.execute(AssertSqlSafe(format!("alter system set {setting}"))).await?;
+        }
+        drop(db);
+        stand.servers.run(vec!["restart".to_owned(), "postgres".to_owned()]).await?;
+        let mut db = stand.superuser("postgres").await?;
+        db.execute("create extension if not exists pg_stat_statements").await?;
+        Ok(stand)
+    }
+
+    /// Their versions.
+    pub async fn versions(&self) -> Result<(String, String)> {
+        let mut db = self.superuser("postgres").await?;
+        let postgres: String = sqlx::query_scalar("show server_version").fetch_one(&mut db).await?;
+        let rabbitmq = self.servers.rabbitmqctl(&["version"]).await?;
+        Ok((postgres, rabbitmq.trim().to_owned()))
+    }
+
+    /// A database of its own, with the relay's tables.
+    pub async fn place(&self, name: &str) -> Result<Place<'_>> {
+        let database = format!("bench_{}", name.replace('-', "_"));
+        let mut db = self.superuser("postgres").await?;
+        db.execute(AssertSqlSafe(format!("create database {database} owner outbox"))).await?;
+        let (url, _) = self.servers.database_url.rsplit_once('/').context("no database in the URL")?;
+        let place = Place { stand: self, database_url: format!("{url}/{database}"), database };
+        place.migrate().await?;
+        Ok(place)
+    }
+
+    /// The URL of the broker.
+    pub fn amqp_url(&self) -> &str {
+        &self.servers.amqp_url
+    }
+
+    /// As superuser in that database.
+    async fn superuser(&self, database: &str) -> Result<PgConnection> {
+        let url = self.servers.superuser_url.as_deref().context("servers of our own")?;
+        let (url, _) = url.rsplit_once('/').context("no database in the URL")?;
+        Ok(PgConnection::connect(&format!("{url}/{database}")).await?)
+    }
+
+    /// An empty queue of that type, bound to the exchange of all measures.
+    pub async fn fresh_queue(&self, kind: &str) -> Result<()> {
+        let (connection, channel) = self.channel().await?;
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        channel.exchange_declare(NAME.into(), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
+        channel.queue_delete(NAME.into(), QueueDeleteOptions::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(NAME.into(), durable, arguments).await?;
+        channel
+            .queue_bind(
+                NAME.into(),
+                NAME.into(),
+                "".into(),
+                QueueBindOptions::default(),
+                FieldTable::default(),
+            )
+            .await?;
+        connection.close(200, "done".into()).await?;
+        Ok(())
+    }
+
+    /// Messages in the queue, which is emptied.
+    pub async fn take_all(&self) -> Result<u64> {
+        let (connection, channel) = self.channel().await?;
+        let purged = channel.queue_purge(NAME.into(), QueuePurgeOptions::default()).await?;
+        connection.close(200, "done".into()).await?;
+        Ok(u64::from(purged))
+    }
+
+    /// A channel of a connection of its own.
+    pub async fn channel(&self) -> Result<(Connection, Channel)> {
+        let connection = Connection::connect(self.amqp_url(), ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        Ok((connection, channel))
+    }
+}
+
+/// A database on the stand.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// Where it is.
+    pub stand: &'a Stand,
+    /// Its URL.
+    pub database_url: String,
+    database: String,
+}
+
+/// What the database has counted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Counted {
+    wal_bytes: f64,
+    statements: f64,
+}
+
+impl Counted {
+    /// From then to now.
+    pub fn since(self, then: Self) -> Self {
+        Self { wal_bytes: self.wal_bytes - then.wal_bytes, statements: self.statements - then.statements }
+    }
+
+    /// Bytes of write-ahead log.
+    pub fn wal_bytes(self) -> f64 {
+        self.wal_bytes
+    }
+
+    /// Statements.
+    pub fn statements(self) -> f64 {
+        self.statements
+    }
+}
+
+impl Place<'_> {
+    async fn migrate(&self) -> Result<()> {
+        let output = Command::new(&self.stand.relay)
+            .arg("migrate")
+            .env_clear()
+            .envs(self.settings(&[]))
+            .stdin(Stdio::null())
+            .output()
+            .await?;
+        ensure!(output.status.success(), "migrate: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(())
+    }
+
+    /// Settings of a relay here, with others on top.
+    pub fn settings(&self, more: &[(&str, &str)]) -> BTreeMap<String, String> {
+        let own = [
+            ("DATABASE_URL", self.database_url.as_str()),
+            ("AMQP_URL", self.stand.amqp_url()),
+            ("OUTBOX_EXCHANGE", NAME),
+            ("OUTBOX_LOG", "warn"),
+        ];
+        own.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    /// Starts a relay here.
+    pub fn relay(&self, more: &[(&str, &str)]) -> Result<Relay> {
+        Relay::start(&self.stand.relay, &self.settings(more), &self.stand.dir.join("relay.log"))
+    }
+
+    /// A connection as the writers have it.
+    pub async fn db(&self) -> Result<PgConnection> {
+        Ok(PgConnection::connect(&self.database_url).await?)
+    }
+
+    /// Carries out statements.
+    pub async fn sql(&self, sql: &str) -> Result<()> {
+        self.db().await?.execute(AssertSqlSafe(sql.to_owned())).await.with_context(|| sql.to_owned())?;
+        Ok(())
+    }
+
+    /// As superuser: what an administrator would do.
+    pub async fn administer(&self, sql: &str) -> Result<()> {
+        self.stand.superuser(&self.database).await?.execute(AssertSqlSafe(sql.to_owned())).await?;
+        Ok(())
+    }
+
+    /// A number.
+    pub async fn number(&self, sql: &str) -> Result<i64> {
+        Ok(sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(&mut self.db().await?).await?)
+    }
+
+    /// What the server has counted for this database. The asking itself is one statement more.
+    pub async fn counted(&self) -> Result<Counted> {
+        let mut db = self.stand.superuser("postgres").await?;
+        let sql = "select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8,
+                   coalesce((select sum(calls) from pg_stat_statements as s join pg_database as d on d.oid = s.dbid
+                             where d.datname = $1), 0)::float8";
+        let (wal_bytes, statements) = sqlx::query_as(sql).bind(&self.database).fetch_one(&mut db).await?;
+        Ok(Counted { wal_bytes, statements })
+    }
+
+    /// Ends the database.
+    pub async fn leave(self) -> Result<()> {
+        let mut db = self.stand.superuser("postgres").await?;
+        db.execute(AssertSqlSafe(format!("drop database {} with (force)", self.database))).await?;
+        Ok(())
+    }
+}
