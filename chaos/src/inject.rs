@@ -325,11 +325,14 @@ impl Injector {
         let filler = self.world.servers.disk().context("no disk of our own")?.join("filler");
         let over = CancellationToken::new();
         let (path, told) = (filler.clone(), over.clone());
+        // Also when this future is dropped: the end of the process waits for the thread.
+        let over = over.drop_guard();
         let filling = tokio::task::spawn_blocking(move || fill(&path, &told));
         self.wait(event).await;
-        over.cancel();
-        filling.await?.context("cannot fill the disk")?;
+        drop(over);
+        let filled = filling.await?;
         std::fs::remove_file(&filler)?;
+        filled.context("cannot fill the disk")?;
         let mend = || async {
             self.world.servers.control("start", "postgres").await?;
             // One that was about to end is not up.

@@ -125,6 +125,8 @@ impl<S: LeaseTable> Keeper<S> {
                     self.terms.look_every
                 }
                 Err(error) => {
+                    // What the table was not told, it is told as soon as it can be.
+                    self.renewed = None;
                     self.board.database_down(DatabaseUser::Leases, &error);
                     delays.next(&error).min(self.terms.renew_every)
                 }

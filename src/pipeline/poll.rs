@@ -23,6 +23,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -298,7 +299,7 @@ impl<S: Store> Poll<S> {
         let drained = self.shards.take_drained(&self.holdings.borrow_and_update());
         for lease in drained {
             // Fails only when the keeper has ended, which supervision has noticed.
-            let _ = self.drained.send(lease).await;
+            hand_over(&self.drained, lease).await;
         }
     }
 
@@ -447,8 +448,7 @@ impl<S: Store> Poll<S> {
         let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
         self.in_flight.insert(row.id, place);
         self.show_in_flight();
-        // Never waits: the channel has a place for every row in flight.
-        let _ = self.workers[worker].send(Work::Publish(row)).await;
+        hand_over(&self.workers[worker], Work::Publish(row)).await;
     }
 
     /// Rows of a key share a worker, which keeps their order.
@@ -534,7 +534,7 @@ impl<S: Store> Poll<S> {
     /// The worker may go on with this key; in vain when it has ended, on a stop.
     async fn resume(&mut self, worker: usize, key: Arc<str>) {
         if let Some(worker) = self.workers.get(worker) {
-            let _ = worker.send(Work::Resume(key)).await;
+            hand_over(worker, Work::Resume(key)).await;
         }
     }
 
@@ -622,5 +622,14 @@ impl<S: Store> Poll<S> {
         let horizon = self.pulse.beat_during(horizon).await?;
         self.gaps.take(&horizon, self.last_read, &mut self.known);
         Ok(())
+    }
+}
+
+/// Hands over without waiting: the channels of poll have a place for everything that can be under way. A wait could be cut
+/// short by a stop, between the note of a row and its way to a worker. Fails only when the receiver has ended, which
+/// supervision has noticed.
+async fn hand_over<T>(to: &mpsc::Sender<T>, what: T) {
+    if let Err(TrySendError::Full(what)) = to.try_send(what) {
+        let _ = to.send(what).await;
     }
 }

@@ -70,7 +70,8 @@ impl Stand {
 
     /// A database of its own, with the relay's tables.
     pub async fn place(&self, name: &str) -> Result<Place<'_>> {
-        let database = format!("bench_{}", name.replace('-', "_"));
+        // As Postgres folds it.
+        let database = format!("bench_{}", name.replace('-', "_")).to_lowercase();
         let mut db = self.superuser("postgres").await?;
         db.execute(AssertSqlSafe(format!("create database {database} owner outbox"))).await?;
         let (url, _) = self.servers.database_url.rsplit_once('/').context("no database in the URL")?;

@@ -168,18 +168,22 @@ impl RabbitPublisher {
             self.message_size_max = None;
             self.learned_from = Arc::downgrade(&connection);
         }
-        let opening = async {
-            let channel = connection.create_channel().await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok::<_, lapin::Error>(channel)
+        let silence = "the broker opens no channel";
+        let channel = match tokio::time::timeout(OPEN_LIMIT, connection.create_channel()).await {
+            Ok(channel) => channel.map_err(|error| sentence(&error))?,
+            Err(_) => return Err(silence.to_owned()),
         };
-        match tokio::time::timeout(OPEN_LIMIT, opening).await {
-            Ok(Ok(channel)) => {
-                Ok(self.channel.insert(Open { channel, connection, opened_at: Instant::now() }).clone())
+        let select = channel.confirm_select(ConfirmSelectOptions::default());
+        let refused = match tokio::time::timeout(OPEN_LIMIT, select).await {
+            Ok(Ok(())) => {
+                let open = Open { channel, connection, opened_at: Instant::now() };
+                return Ok(self.channel.insert(open).clone());
             }
-            Ok(Err(error)) => Err(sentence(&error)),
-            Err(_) => Err("the broker opens no channel".to_owned()),
-        }
+            Ok(Err(error)) => sentence(&error),
+            Err(_) => silence.to_owned(),
+        };
+        connection.abandon(channel);
+        Err(refused)
     }
 
     fn abandon_channel(&mut self) {
@@ -382,8 +386,8 @@ impl Publisher for RabbitPublisher {
         };
         let permit = permit.for_batch();
         for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
-            // A round after one that broke the channel is left for the next batch.
-            if open.channel.status().connected() {
+            // A round after one that broke the channel, or gave it up, is left for the next batch.
+            if self.channel.is_some() && open.channel.status().connected() {
                 let round = Round { batch, messages: &messages, positions, permit: &permit };
                 self.send(&open, &round, &mut verdicts, give_up).await;
             }

@@ -181,7 +181,8 @@ impl World {
 
     /// Slow is not stuck: the deadline is for a count that does not move.
     async fn until_count(&self, what: &str, sql: &str, reached: impl Fn(i64) -> bool) {
-        let (mut last, mut moved) = (None, Instant::now());
+        let started = Instant::now();
+        let (mut last, mut moved) = (None, started);
         let mut db = None;
         loop {
             let begun = Instant::now();
@@ -200,6 +201,7 @@ impl World {
                 None => db = None,
             }
             assert!(moved.elapsed() < DEADLINE, "{last:?} for {DEADLINE:?}, waited for: {what}");
+            assert!(started.elapsed() < 10 * DEADLINE, "it moves, and never becomes: {what}");
             // Looking must not become the load.
             tokio::time::sleep((begun.elapsed() * 4).max(Duration::from_millis(20))).await;
         }
