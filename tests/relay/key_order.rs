@@ -154,6 +154,8 @@ async fn order_survives_every_kind_of_refusal() {
                 8..=10 => Fault::Destination,
                 11 => Fault::Message,
                 12 if row.id % 50 == 0 => Fault::Hopeless,
+                // Trust that comes and goes between two batches.
+                13 | 14 => return Err(Refusal::without_lease()),
                 _ => return Ok(()),
             };
             Err(Refusal::new(fault, "scripted"))
