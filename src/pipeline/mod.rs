@@ -25,8 +25,7 @@
 //!    `OUTBOX_UNROUTABLE=accept` says to count).
 //! 3. **A refused row holds its key.** From the refusal on, its worker gives back every row of that
 //!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed and no row of the key
-//!    is in flight any more ([`keys`]). From then on the
-//!    table holds the key back. There is no moment at which neither does.
+//!    is in flight any more ([`keys`]). From then on the table holds the key back. There is no moment at which neither does.
 //! 4. **A row without a lease is not sent.** It goes back, its key is held as above, and its shard is not read until all
 //!    of it that was in flight is settled ([`shards`]).
 //! 5. **Stopping is the end of input.** `poll` reads no more from the signal on and drops its ends to the workers;

@@ -298,7 +298,6 @@ impl<S: Store> Poll<S> {
         }
         let drained = self.shards.take_drained(&self.holdings.borrow_and_update());
         for lease in drained {
-            // Fails only when the keeper has ended, which supervision has noticed.
             hand_over(&self.drained, lease).await;
         }
     }

@@ -23,7 +23,7 @@ const STUCK: Duration = Duration::from_secs(60);
 pub struct Drained<'a> {
     place: Place<'a>,
     drain: Drain,
-    _open: Option<PgConnection>,
+    open: Option<PgConnection>,
 }
 
 /// What a raw publisher says of itself.
@@ -38,13 +38,10 @@ impl<'a> Drained<'a> {
     pub async fn prepare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Self> {
         let place = stand.place(name).await?;
         if drain.payload != "jsonb" {
-            let using = if drain.payload == "bytea" {
-                "convert_to(payload::text, 'UTF8')"
-            } else {
-                "payload::text::"
+            let using = match drain.payload {
+                "bytea" => "convert_to(payload::text, 'UTF8')".to_owned(),
+                text => format!("payload::text::{text}"),
             };
-            let using =
-                if using.ends_with("::") { format!("{using}{}", drain.payload) } else { using.to_owned() };
             place
                 .sql(&format!("alter table outbox alter payload type {} using {using}", drain.payload))
                 .await?;
@@ -72,7 +69,7 @@ impl<'a> Drained<'a> {
                 Some(open)
             }
         };
-        Ok(Self { place, drain, _open: open })
+        Ok(Self { place, drain, open })
     }
 
     /// One round: raw, then the relay.
@@ -113,7 +110,7 @@ impl<'a> Drained<'a> {
 
     /// Ends the place.
     pub async fn leave(self) -> Result<()> {
-        drop(self._open);
+        drop(self.open);
         self.place.leave().await
     }
 

@@ -128,7 +128,7 @@ impl Report {
         took: Duration,
     ) -> Result<Self> {
         let (postgres, rabbitmq) = stand.versions().await?;
-        let (at, _) = OffsetDateTime::now_utc().format(&Rfc3339).map(|at| (at, ()))?;
+        let at = OffsetDateTime::now_utc().format(&Rfc3339)?;
         let dirty = if said(&["git", "status", "--porcelain"]).is_empty() { "" } else { ", changed" };
         Ok(Self {
             at,

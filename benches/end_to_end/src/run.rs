@@ -26,14 +26,22 @@ pub async fn run(options: Options) -> Result<()> {
     );
     let stand = Stand::start(&options.services, &options.relay, &options.dir).await?;
     let mut all: Vec<Measured> = Vec::new();
+    let mut failure = Ok(());
     for (place, measure) in options.measures.iter().enumerate() {
         let progress =
             Progress { name: measure.name, place, of: options.measures.len(), begun: Instant::now() };
         let samples = take(&stand, measure, &options, &progress).await.with_context(|| {
             format!("measure {} failed (relay's log: {}/relay.log)", measure.name, options.dir.display())
-        })?;
+        });
+        match samples {
+            Ok(samples) => all.push(Measured::new(measure, &samples)),
+            // What was measured before is worth as much as without it.
+            Err(error) => {
+                failure = Err(error);
+                break;
+            }
+        }
         progress.done();
-        all.push(Measured::new(measure, &samples));
     }
     compare_with_usual(&mut all);
     let report = Report::new(&stand, &options, all, begun.elapsed()).await?;
@@ -42,7 +50,7 @@ pub async fn run(options: Options) -> Result<()> {
         report::save(&report, dir)?;
         println!("\nsaved in {}", dir.display());
     }
-    Ok(())
+    failure
 }
 
 async fn take(
