@@ -265,7 +265,7 @@ impl Needs {
             BrokerProxy => "needs a broker without TLS",
             DatabaseProxy => "needs a database without sslmode=verify-full",
             Servers => "needs servers of its own",
-            Disk => "needs servers of its own and the right to mount a file system",
+            Disk => "needs servers of its own, the right to mount a file system, and memory for it",
             Replicas => "needs --replicas 2 or more",
         }
     }

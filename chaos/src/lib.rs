@@ -15,7 +15,7 @@
 //! - [`writer`], [`consumer`]: the two ends
 //! - [`faults`], [`schedule`], [`inject`]: which, when, how
 //! - [`servers`], [`proxy`], [`world`], [`relays`]: what they are done to
-//! - [`observations`], [`checker`]: what else was seen, and the judgement
+//! - [`usage`], [`observations`], [`checker`]: what else was seen, and the judgement
 //! - [`run`], [`report`], [`cli`]: a run from its options to its report
 
 pub mod board;
@@ -33,5 +33,6 @@ pub mod run;
 pub mod sampler;
 pub mod schedule;
 pub mod servers;
+pub mod usage;
 pub mod world;
 pub mod writer;

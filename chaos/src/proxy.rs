@@ -61,6 +61,28 @@ pub struct Proxy {
     broken: Arc<AtomicU64>,
 }
 
+/// Host and port of a URL.
+///
+/// # Panics
+///
+/// If it has none.
+pub fn target_of(url: &str) -> String {
+    let url = url::Url::parse(url).expect("URL");
+    format!("{}:{}", url.host_str().expect("host"), url.port().expect("port"))
+}
+
+/// The same URL, with another host and port.
+///
+/// # Panics
+///
+/// If it is no URL with a host.
+pub fn led_to(address: SocketAddr, url: &str) -> String {
+    let mut url = url::Url::parse(url).expect("URL");
+    url.set_ip_host(address.ip()).expect("host");
+    url.set_port(Some(address.port())).expect("port");
+    url.to_string()
+}
+
 impl Proxy {
     /// A proxy to the host and port of a URL.
     ///
@@ -68,8 +90,7 @@ impl Proxy {
     ///
     /// If the URL has no host and port, or no loopback port can be had.
     pub async fn to(url: &str) -> Self {
-        let url = url::Url::parse(url).expect("URL");
-        let target = format!("{}:{}", url.host_str().expect("host"), url.port().expect("port"));
+        let target = target_of(url);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
         let address = listener.local_addr().expect("address");
         let link = Arc::new(watch::Sender::new(Link::Pass));
@@ -89,10 +110,7 @@ impl Proxy {
     ///
     /// If it is no URL with a host.
     pub fn url(&self, url: &str) -> String {
-        let mut url = url::Url::parse(url).expect("URL");
-        url.set_host(Some("127.0.0.1")).expect("host");
-        url.set_port(Some(self.address.port())).expect("port");
-        url.to_string()
+        led_to(self.address, url)
     }
 
     /// Changes what the link does.

@@ -96,7 +96,7 @@ fn possible(options: &Options) -> (Vec<Fault>, Vec<String>) {
     let given = options.servers.as_ref();
     let means = Means {
         servers: given.is_none(),
-        disk: given.is_none() && may_mount(),
+        disk: given.is_none() && may_mount() && disk_mb(options) <= free_memory_mb() / 2,
         broker_proxy: given.is_none_or(|(_, amqp)| !amqp.starts_with("amqps")),
         database_proxy: given.is_none_or(|(database, _)| !database.contains("sslmode=verify")),
         replicas: options.replicas > 1,
@@ -209,7 +209,8 @@ impl<'a> Run<'a> {
             None => {
                 println!("starting a Postgres and a RabbitMQ …");
                 let (script, dir) = (options.services.clone(), dir.join("services"));
-                let disk = disk_mb(options, events).map(|mb| mb.to_string());
+                let is_filled = events.iter().any(|event| event.fault == Fault::DiskFull);
+                let disk = is_filled.then(|| disk_mb(options).to_string());
                 let start = move || match &disk {
                     Some(mb) => Servers::start_with(&script, &dir, &["--disk", mb]),
                     None => Servers::start(&script, &dir),
@@ -415,11 +416,16 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The database's own file system, if the schedule fills it: with room for all that is written, and to spare.
-fn disk_mb(options: &Options, events: &[Event]) -> Option<u64> {
+/// Size of a file system for the database in memory: room for all that is written, and to spare.
+fn disk_mb(options: &Options) -> u64 {
     let rows = options.rate * options.length.as_secs_f64();
-    let is_filled = events.iter().any(|event| event.fault == Fault::DiskFull);
-    is_filled.then_some(DISK_MB + (rows as u64 * ROW_BYTES) / 1_000_000)
+    DISK_MB + (rows as u64 * ROW_BYTES) / 1_000_000
+}
+
+fn free_memory_mb() -> u64 {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    free.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1000
 }
 
 /// What the relays are told beside their servers.

@@ -3,6 +3,7 @@
 use crate::ledger::Clock;
 use crate::observations::{Sample, Says};
 use crate::relays::{Fleet, get};
+use crate::usage::usage;
 use crate::world::World;
 use serde_json::Value;
 use sqlx::Row;
@@ -39,7 +40,7 @@ pub async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
     let (at_rest, processes) = (fleet.at_rest(), fleet.processes());
     let mut sample = Sample { at: clock.ms(), replicas: at_rest.len() as u64, ..Sample::default() };
     for (_, _, pid) in &at_rest {
-        sample.rss_mib = sample.rss_mib.max(rss_mib(*pid));
+        sample.rss_mib = sample.rss_mib.max(usage(*pid).unwrap_or_default().rss_bytes >> 20);
         let open = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
         sample.descriptors = sample.descriptors.max(open as u64);
     }
@@ -58,12 +59,6 @@ pub async fn sample(world: &World, fleet: &Fleet, clock: Clock) -> Sample {
     // One may have come or gone meanwhile.
     sample.processes = processes.max(fleet.processes());
     sample
-}
-
-fn rss_mib(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
-    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1024
 }
 
 async fn owned(address: SocketAddr) -> Option<(u64, u64)> {

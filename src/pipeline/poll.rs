@@ -632,3 +632,21 @@ async fn hand_over<T>(to: &mpsc::Sender<T>, what: T) {
         let _ = to.send(what).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    /// A wait, be it only the scheduler's wish that others have their turn, is where a stop cuts.
+    #[tokio::test]
+    async fn handing_over_does_not_wait_while_there_is_room() {
+        let (to, mut from) = mpsc::channel(1000);
+        for number in 0..1000 {
+            assert!(hand_over(&to, number).now_or_never().is_some(), "after {number}");
+        }
+        assert!(hand_over(&to, 1000).now_or_never().is_none(), "full");
+        from.close();
+        assert!(hand_over(&to, 1001).now_or_never().is_some(), "the receiver has ended");
+    }
+}

@@ -10,7 +10,7 @@ use outbox_relay::telemetry::Metrics;
 use proptest::prelude::*;
 use std::sync::Arc;
 
-const MIB: usize = 1 << 20;
+const MIB: u64 = 1 << 20;
 
 /// 2 000 rows of 1 MB under a budget of 64 MiB stay under 250 MB of memory; rows of 10 MB pass.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -20,14 +20,14 @@ async fn two_thousand_rows_of_a_megabyte_fit_into_250_megabytes() {
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k' || i % 100, convert_to(repeat('x', 1000000), 'UTF8') from generate_series(1, 2000) i").await;
     let relay = world.process(&[("OUTBOX_MAX_IN_FLIGHT_BYTES", "64MiB")]).await;
     world.drained().await;
-    let peak = relay.peak_rss();
+    let peak = relay.usage().peak_rss_bytes;
     assert!(peak < 250 * MIB, "peak of {} MiB", peak / MIB);
     eprintln!("peak RSS with rows of 1 MB: {} MiB", peak / MIB);
     assert_eq!(world.queue_depth().await, 2000);
 
     world.sql("insert into outbox (routing_key, payload) select 'ok.2', convert_to(repeat('y', 10000000), 'UTF8') from generate_series(1, 10) i").await;
     world.drained().await;
-    let peak = relay.peak_rss();
+    let peak = relay.usage().peak_rss_bytes;
     assert!(peak < 250 * MIB, "peak of {} MiB with rows of 10 MB", peak / MIB);
     // A row larger than the whole budget passes alone.
     world.sql("insert into outbox (routing_key, payload) values ('ok.3', convert_to(repeat('z', 100000000), 'UTF8'))").await;
@@ -45,7 +45,7 @@ async fn memory_does_not_follow_the_backlog() {
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k' || i % 1000, '{}' from generate_series(1, 200000) i").await;
     let relay = world.process(&[]).await;
     world.until_at_least("select count(*) from outbox where delivered_at is not null", 20_000).await;
-    let peak = relay.peak_rss();
+    let peak = relay.usage().peak_rss_bytes;
     assert!(peak < 100 * MIB, "{} MiB", peak / MIB);
     relay.kill().await;
     world.abandon();

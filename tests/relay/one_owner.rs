@@ -5,8 +5,12 @@ use crate::support::proxy::{Link, Proxy};
 use crate::support::scripted::ScriptedSink;
 use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{RelayProcess, World, eventually, rng};
+use outbox_relay::sink::{Fault, Refusal};
 use outbox_relay::store::Row;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 const SHARDS: u32 = 16;
@@ -318,6 +322,42 @@ async fn nothing_is_sent_on_a_lease_that_cannot_be_renewed() {
     assert_eq!(world.queue_depth().await, received, "nothing more of what it had read");
     assert!(cut_off.terminate().await.success() && heir.terminate().await.success());
     world.finish(Allowed { duplicates: 400, rewinds: true, ..Allowed::default() }).await;
+}
+
+/// A stop that the table could not be told of is told again at once, not when the next renewal is due: others have what is
+/// empty long before the stopping replica has drained the rest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_that_was_not_heard_is_told_again_at_once() {
+    let (store, answered) = (MemoryStore::default(), Arc::new(AtomicBool::new(false)));
+    let broker = Arc::clone(&answered);
+    // Of two replicas the first keeps the lower half of the shards.
+    let sink = ScriptedSink::new(move |row| match row.lease.shard > 0 || broker.load(Relaxed) {
+        true => Ok(()),
+        false => Err(Refusal::new(Fault::Unknown, "no answer yet")),
+    });
+    // The next renewal is due in 200 s, which is longer than this test waits.
+    let settings = without_servers(&[("OUTBOX_LEASE_TTL", "10m"), ("OUTBOX_SHUTDOWN_GRACE", "5m")]);
+    let replica = async || RunningRelay::between(settings.clone(), store.clone(), sink.clone()).await;
+    let owned = async |relay: &RunningRelay| relay.health().await.ownership.owned;
+    let stopping = replica().await;
+    eventually("one replica owns everything", async || owned(&stopping).await == SHARDS).await;
+    (1..=200).for_each(|id| store.insert(plain_row(id)));
+    let stuck = || store.rows().iter().filter(|stored| stored.pending()).count();
+    eventually("all but one shard is drained", async || {
+        let in_flight = stopping.health().await.in_flight as usize;
+        (1..50).contains(&in_flight) && in_flight == stuck()
+    })
+    .await;
+    let heir = replica().await;
+    eventually("the shards are shared", async || owned(&heir).await == SHARDS / 2).await;
+    store.stall_leases(Duration::from_millis(300));
+    let stopped = tokio::spawn(stopping.stop());
+    eventually("the heir has all but one", async || owned(&heir).await == SHARDS - 1).await;
+    answered.store(true, Relaxed);
+    stopped.await.expect("no panic").expect("clean stop");
+    eventually("the heir has all", async || owned(&heir).await == SHARDS).await;
+    assert_eq!(sink.taken().len(), 200);
+    heir.stop().await.expect("clean stop");
 }
 
 /// Up to five replicas, started, stopped, killed and frozen at random under load.

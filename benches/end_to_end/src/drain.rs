@@ -7,6 +7,7 @@ use crate::raw::{self, SHAPES, Shape};
 use crate::run::Sample;
 use crate::stand::{NAME, Place, Stand};
 use anyhow::{Context, Result, ensure};
+use outbox_relay_chaos::proxy::{led_to, target_of};
 use sqlx::{Executor, PgConnection};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use tokio::process::Command;
 const RAW_MESSAGES: usize = 100_000;
 /// Between two looks at the relays. Each costs them a little.
 const LOOK: Duration = Duration::from_millis(20);
+const MIB: f64 = 1_048_576.0;
 /// A drain that stands still for so long has failed.
 const STUCK: Duration = Duration::from_secs(60);
 
@@ -85,7 +87,7 @@ impl<'a> Drained<'a> {
         for relay in relays {
             let usage = relay.usage()?;
             cpu += usage.cpu_seconds;
-            rss = rss.max(usage.peak_rss_mib);
+            rss = rss.max(usage.peak_rss_bytes as f64 / MIB);
             relay.stop().await?;
         }
         let rows = self.drain.rows as f64;
@@ -174,10 +176,8 @@ impl<'a> Drained<'a> {
     /// The broker's URL, through a proxy.
     async fn further_away(&self) -> Result<String> {
         let url = self.place.stand.amqp_url();
-        let (before, host) = url.split_once('@').context("a URL with a password")?;
-        let (host, after) = host.split_once('/').context("a URL with a vhost")?;
-        let proxy = distance::proxy(host.to_owned(), self.drain.round_trip / 2).await?;
-        Ok(format!("{before}@{proxy}/{after}"))
+        let proxy = distance::proxy(target_of(url), self.drain.round_trip / 2).await?;
+        Ok(led_to(proxy, url))
     }
 
     /// The best that raw publishers reach now.

@@ -1,7 +1,9 @@
-//! A child process, and what it has cost: processor time and memory as the kernel counts them.
+//! A relay as a child process.
 
 use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::relays::get;
+use outbox_relay_chaos::servers::Undertaker;
+use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -9,15 +11,17 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 
-/// What the kernel counts in: USER_HZ, which is 100 on every Linux that Rust runs on.
-const TICKS_PER_SECOND: f64 = 100.0;
+/// Ends a relay that is `$2`, should it still be the process `$1`.
+const KILL: &str =
+    r#"case $(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") in "$2 run "*) kill -9 "$1" ;; esac"#;
 /// After this a relay that should be ready, or gone, has failed.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A relay under measurement; killed when dropped.
+/// A relay under measurement; killed when dropped, or when this process ends in whatever way.
 #[derive(Debug)]
 pub struct Relay {
     child: Child,
+    _undertaker: Undertaker,
     address: SocketAddr,
     /// When it was started.
     pub started: Instant,
@@ -33,7 +37,9 @@ impl Relay {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
         let started = Instant::now();
         let child = command.spawn().with_context(|| format!("{} does not run", binary.display()))?;
-        Ok(Self { child, address, started })
+        let pid = child.id().context("just started")?.to_string();
+        let undertaker = Undertaker::new(KILL, &[Path::new(&pid), binary])?;
+        Ok(Self { child, _undertaker: undertaker, address, started })
     }
 
     /// Waits until it is ready and owns shards.
@@ -60,7 +66,8 @@ impl Relay {
 
     /// What it has cost so far.
     pub fn usage(&self) -> Result<Usage> {
-        usage(self.child.id().context("the relay has ended by itself: see its log")?)
+        let pid = self.child.id().context("the relay has ended by itself: see its log")?;
+        usage(pid).context("the relay has ended by itself: see its log")
     }
 
     /// SIGTERM, and the end.
@@ -73,29 +80,4 @@ impl Relay {
         ensure!(status.success(), "the relay ended with {status}");
         Ok(())
     }
-}
-
-/// Of one process.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Usage {
-    /// User and system time.
-    pub cpu_seconds: f64,
-    /// The most resident memory there has been.
-    pub peak_rss_mib: f64,
-}
-
-/// As the kernel counts it up to now.
-pub fn usage(pid: u32) -> Result<Usage> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
-    // The name in brackets may hold anything; behind it come numbers. 14 and 15 of all are utime and stime.
-    let numbers = stat.rsplit_once(')').context("no /proc/PID/stat")?.1;
-    let ticks = |place: usize| numbers.split_whitespace().nth(place - 3)?.parse::<f64>().ok();
-    let ticks = ticks(14).zip(ticks(15)).context("no /proc/PID/stat")?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let peak =
-        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
-    Ok(Usage {
-        cpu_seconds: (ticks.0 + ticks.1) / TICKS_PER_SECOND,
-        peak_rss_mib: peak.unwrap_or(0.0_f64) / 1024.0,
-    })
 }

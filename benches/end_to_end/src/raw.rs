@@ -4,14 +4,14 @@
 //! The same AMQP client as the relay's, at its best: a sliding window of unconfirmed messages on each of some channels.
 //! It runs as a process of its own, so that its processor time can be told from everything else's.
 
-use crate::process::usage;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use outbox_relay_chaos::usage::usage;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
@@ -48,7 +48,7 @@ pub async fn main(matches: &ArgMatches) -> Result<()> {
     let number = |name: &str| matches.get_one::<usize>(name).copied().unwrap_or_default();
     let shape = Shape { channels: number("channels"), window: number("window") };
     publish(&text("amqp-url"), text("exchange"), number("messages"), number("bytes"), shape).await?;
-    let cpu_seconds = usage(std::process::id())?.cpu_seconds;
+    let cpu_seconds = usage(std::process::id()).context("no /proc")?.cpu_seconds;
     println!("{}", serde_json::to_string(&Done { seconds: begun.elapsed().as_secs_f64(), cpu_seconds })?);
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::{DEADLINE, eventually};
 use outbox_relay::http::Health;
+use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -94,20 +95,9 @@ impl RelayProcess {
         std::fs::read_to_string(&self.log).expect("log")
     }
 
-    /// Resident memory in bytes, now.
-    pub fn rss(&self) -> usize {
-        self.memory("VmRSS:")
-    }
-
-    /// The most resident memory there has been, in bytes.
-    pub fn peak_rss(&self) -> usize {
-        self.memory("VmHWM:")
-    }
-
-    fn memory(&self, field: &str) -> usize {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("/proc");
-        let line = status.lines().find_map(|line| line.strip_prefix(field)).expect("a size");
-        line.trim().trim_end_matches(" kB").parse::<usize>().expect("kB") * 1024
+    /// What it has cost up to now.
+    pub fn usage(&self) -> Usage {
+        usage(self.pid()).expect("running")
     }
 
     /// The health report; `None` if nobody answers.
