@@ -1,137 +1,191 @@
 //! Rows off the wire. Reads the bytes as Postgres sent them: no text is parsed, no JSON is built.
-//!
-//! A row is taken only while the budget of bytes has room; the rest of the answer is given up together with
-//! its connection, so memory is bounded by the budget and one row, and no snapshot is held on the server.
 
-use crate::store::{Ask, Lease, Read, Route, Row, Share};
+use crate::store::{Lease, Route, Row, Share};
 use bytes::Bytes;
-use futures_util::{Stream, TryStreamExt};
-use sqlx::postgres::{PgRow, PgValue, PgValueRef};
-use sqlx::{Row as _, TypeInfo, Value, ValueRef};
+use std::collections::HashMap;
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// From here on a payload keeps its slice of the network buffer instead of being copied.
-const COPY_LIMIT_BYTES: usize = 16 * 1024;
 /// Microseconds from 1970 to 2000, where Postgres begins to count.
 const EPOCH_MICROS: i64 = 946_684_800_000_000;
 
-pub(super) async fn read(
-    mut answer: impl Stream<Item = Result<PgRow, sqlx::Error>> + Unpin,
-    ask: &Ask<'_>,
-    default_exchange: &Arc<str>,
-) -> Result<Read, sqlx::Error> {
-    let mut read = Read::default();
-    let mut bytes = 0;
-    while let Some(raw) = answer.try_next().await? {
-        let row = row(&raw, ask.share, default_exchange)?;
-        bytes += row.bytes();
-        let first_of_all = ask.room_for_any && read.rows.is_empty();
-        if bytes > ask.bytes && !first_of_all {
-            (read.more, read.cut_off) = (true, true);
-            break;
-        }
-        read.rows.push(row);
-    }
-    read.more |= read.rows.len() >= ask.rows;
-    Ok(read)
+/// Columns of `sql/columns.sql`, in their order.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs, reason = "each is named as its column")]
+pub enum Column {
+    Id,
+    MessageId,
+    Exchange,
+    RoutingKey,
+    OrderingKey,
+    Payload,
+    ContentType,
+    Headers,
+    CreatedAt,
+    Attempts,
+    Shard,
 }
 
-/// One row, columns in the order of `sql/columns.sql`.
-pub(super) fn row(raw: &PgRow, share: Share<'_>, default_exchange: &Arc<str>) -> Result<Row, sqlx::Error> {
-    let mut defects = Vec::new();
-    let exchange = text(raw, 2, &mut defects)?.unwrap_or_else(|| default_exchange.to_string());
-    let routing_key = required(raw, 3, &mut defects)?;
-    Ok(Row {
-        id: integer(raw, 0)?,
-        message_id: Uuid::from_slice(bytes_of(&raw.try_get_raw(1)?)?).unwrap_or_default(),
-        route: Arc::new(Route { exchange, routing_key }),
-        ordering_key: text(raw, 4, &mut defects)?.map(Into::into),
-        payload: body(&raw.try_get_raw(5)?, &mut defects)?,
-        content_type: required(raw, 6, &mut defects)?,
-        headers: required(raw, 7, &mut defects)?,
-        created_at_micros: integer(raw, 8)?.saturating_add(EPOCH_MICROS),
-        attempts: u32::try_from(integer(raw, 9)?).unwrap_or(0),
-        lease: lease(raw, share)?,
-        defect: (!defects.is_empty()).then(|| defects.join("; ")),
+/// How many there are.
+pub const COLUMNS: usize = Column::Shard as usize + 1;
+
+/// A row's values in Postgres's binary format; `None` is null.
+pub type Wire<'r> = [Option<&'r [u8]>; COLUMNS];
+
+/// Makes rows of one answer.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    share: Share<'a>,
+    default_exchange: &'a str,
+    /// Rows that go the same way share their route. By routing key; few keys are used with more than one exchange.
+    routes: HashMap<String, Vec<Arc<Route>>>,
+}
+
+impl<'a> Decoder<'a> {
+    /// For an answer to a question about this share.
+    pub fn new(share: Share<'a>, default_exchange: &'a str) -> Self {
+        Self { share, default_exchange, routes: HashMap::new() }
+    }
+
+    /// One row. What is wrong with its texts makes it a row with a defect; an error is a column that is not of its type.
+    pub fn row(&mut self, wire: &Wire<'_>, payload: Bytes) -> Result<Row, String> {
+        let mut defects = Vec::new();
+        let exchange = text(wire, Column::Exchange, &mut defects).unwrap_or(self.default_exchange);
+        let route = self.route(exchange, required(wire, Column::RoutingKey, &mut defects));
+        let ordering_key = text(wire, Column::OrderingKey, &mut defects).map(Into::into);
+        if wire[Column::Payload as usize].is_none() {
+            defects.push(is_null(Column::Payload));
+        }
+        let content_type = required(wire, Column::ContentType, &mut defects).to_owned();
+        let headers = required(wire, Column::Headers, &mut defects).to_owned();
+        Ok(Row {
+            id: integer(wire, Column::Id)?,
+            message_id: Uuid::from_slice(bytes(wire, Column::MessageId)).unwrap_or_default(),
+            route,
+            ordering_key,
+            payload,
+            content_type,
+            headers,
+            created_at_micros: integer(wire, Column::CreatedAt)?.saturating_add(EPOCH_MICROS),
+            attempts: u32::try_from(integer(wire, Column::Attempts)?).unwrap_or(0),
+            lease: self.lease(integer(wire, Column::Shard)? as u32),
+            defect: (!defects.is_empty()).then(|| defects.join("; ")),
+        })
+    }
+
+    fn route(&mut self, exchange: &str, routing_key: &str) -> Arc<Route> {
+        let known = self.routes.get(routing_key).map_or(&[][..], Vec::as_slice);
+        if let Some(route) = known.iter().find(|route| route.exchange == exchange) {
+            return Arc::clone(route);
+        }
+        let (exchange, routing_key) = (exchange.to_owned(), routing_key.to_owned());
+        let route = Arc::new(Route { exchange, routing_key: routing_key.clone() });
+        self.routes.entry(routing_key).or_default().push(Arc::clone(&route));
+        route
+    }
+
+    /// A row of a shard that was not asked for is a defect of the statement, and gets an epoch that nobody holds.
+    fn lease(&self, shard: u32) -> Lease {
+        self.share.lease(shard).unwrap_or(Lease { shard, epoch: -1 })
+    }
+}
+
+fn bytes<'r>(wire: &Wire<'r>, column: Column) -> &'r [u8] {
+    wire[column as usize].unwrap_or_default()
+}
+
+fn required<'r>(wire: &Wire<'r>, column: Column, defects: &mut Vec<String>) -> &'r str {
+    text(wire, column, defects).unwrap_or_else(|| {
+        defects.push(is_null(column));
+        ""
     })
 }
 
-/// A row of a shard that was not asked for is a defect of the statement, and gets an epoch that nobody holds.
-fn lease(raw: &PgRow, share: Share<'_>) -> Result<Lease, sqlx::Error> {
-    let shard = integer(raw, 10)? as u32;
-    Ok(share.lease(shard).unwrap_or(Lease { shard, epoch: -1 }))
-}
-
-fn required(raw: &PgRow, column: usize, defects: &mut Vec<String>) -> Result<String, sqlx::Error> {
-    let value = text(raw, column, defects)?;
-    if value.is_none() {
-        defects.push(format!("column {} is null", column_name(column)));
-    }
-    Ok(value.unwrap_or_default())
-}
-
-fn text(raw: &PgRow, column: usize, defects: &mut Vec<String>) -> Result<Option<String>, sqlx::Error> {
-    let value = raw.try_get_raw(column)?;
-    if value.is_null() {
-        return Ok(None);
-    }
-    let content = content(&value)?;
-    Ok(Some(String::from_utf8(content.to_vec()).unwrap_or_else(|_| {
-        defects.push(format!("column {} is not UTF-8", column_name(column)));
-        String::new()
-    })))
-}
-
-fn body(value: &PgValueRef<'_>, defects: &mut Vec<String>) -> Result<Bytes, sqlx::Error> {
-    if value.is_null() {
-        defects.push("column payload is null".to_owned());
-        return Ok(Bytes::new());
-    }
-    let content = content(value)?;
-    if content.len() < COPY_LIMIT_BYTES {
-        return Ok(Bytes::copy_from_slice(content));
-    }
-    let skipped = bytes_of(value)?.len() - content.len();
-    Ok(Bytes::from_owner(Owned(ValueRef::to_owned(value))).slice(skipped..))
-}
-
-/// A value's bytes without the version byte that binary `jsonb` begins with.
-fn content<'r>(value: &PgValueRef<'r>) -> Result<&'r [u8], sqlx::Error> {
-    let bytes = bytes_of(value)?;
-    match value.type_info().name() {
-        "JSONB" => Ok(bytes.get(1..).unwrap_or_default()),
-        _ => Ok(bytes),
-    }
-}
-
-fn bytes_of<'r>(value: &PgValueRef<'r>) -> Result<&'r [u8], sqlx::Error> {
-    value.as_bytes().map_err(sqlx::Error::Decode)
+fn text<'r>(wire: &Wire<'r>, column: Column, defects: &mut Vec<String>) -> Option<&'r str> {
+    let text = std::str::from_utf8(wire[column as usize]?).unwrap_or_else(|_| {
+        defects.push(format!("column {} is not UTF-8", name(column)));
+        ""
+    });
+    Some(text)
 }
 
 /// `bigint`, `integer` and `timestamptz` are big-endian integers on the wire.
-fn integer(raw: &PgRow, column: usize) -> Result<i64, sqlx::Error> {
-    let value = raw.try_get_raw(column)?;
-    let bytes = bytes_of(&value)?;
+fn integer(wire: &Wire<'_>, column: Column) -> Result<i64, String> {
+    let bytes = bytes(wire, column);
     let wide = |bytes: [u8; 8]| i64::from_be_bytes(bytes);
     let narrow = |bytes: [u8; 4]| i64::from(i32::from_be_bytes(bytes));
-    bytes
-        .try_into()
-        .map(wide)
-        .or_else(|_| bytes.try_into().map(narrow))
-        .map_err(|_| sqlx::Error::Decode(format!("column {} is not an integer", column_name(column)).into()))
+    let number = bytes.try_into().map(wide).or_else(|_| bytes.try_into().map(narrow));
+    number.map_err(|_| format!("column {} is not an integer", name(column)))
 }
 
-fn column_name(column: usize) -> &'static str {
+fn is_null(column: Column) -> String {
+    format!("column {} is null", name(column))
+}
+
+fn name(column: Column) -> &'static str {
     let names = include_str!("../sql/columns.sql").trim();
-    names.split(", ").nth(column).map_or("?", |name| name.trim_start_matches("o."))
+    names.split(", ").nth(column as usize).map_or("?", |name| name.trim_start_matches("o."))
 }
 
-/// A value that keeps its own slice of the network buffer.
-struct Owned(PgValue);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl AsRef<[u8]> for Owned {
-    fn as_ref(&self) -> &[u8] {
-        self.0.as_ref().as_bytes().unwrap_or_default()
+    const LEASES: [Lease; 1] = [Lease { shard: 0, epoch: 7 }];
+
+    fn decoded(change: impl FnOnce(&mut Wire<'static>)) -> Result<Row, String> {
+        let mut wire: Wire<'static> = [
+            Some(&[0, 0, 0, 0, 0, 0, 1, 0]),
+            Some(&[9; 16]),
+            None,
+            Some(b"orders"),
+            Some(b"key"),
+            Some(b"{}"),
+            Some(b"text/plain"),
+            Some(b"{}"),
+            Some(&[0; 8]),
+            Some(&[0, 0, 0, 2]),
+            Some(&[0, 0, 0, 0]),
+        ];
+        change(&mut wire);
+        Decoder::new(Share { shards: 1, leases: &LEASES }, "default").row(&wire, Bytes::from_static(b"{}"))
+    }
+
+    #[test]
+    fn a_row_is_read_as_it_was_written() {
+        let row = decoded(|_| ()).expect("a row");
+        assert_eq!((row.id, row.attempts, row.lease), (256, 2, LEASES[0]));
+        assert_eq!((row.message_id, row.created_at_micros), (Uuid::from_bytes([9; 16]), EPOCH_MICROS));
+        assert_eq!((row.route.exchange.as_str(), row.route.routing_key.as_str()), ("default", "orders"));
+        assert_eq!((row.ordering_key.as_deref(), row.content_type.as_str()), (Some("key"), "text/plain"));
+        assert_eq!(row.defect, None);
+    }
+
+    #[test]
+    fn names_are_those_of_the_statement() {
+        assert_eq!((name(Column::Id), name(Column::Attempts)), ("id", "attempts"));
+        assert!(name(Column::Shard).ends_with("shard"));
+    }
+
+    #[test]
+    fn texts_that_cannot_be_read_are_defects_and_wrong_types_are_errors() {
+        let row = decoded(|wire| {
+            wire[Column::RoutingKey as usize] = None;
+            wire[Column::Headers as usize] = Some(&[0xff]);
+        });
+        assert_eq!(
+            row.expect("a row").defect.as_deref(),
+            Some("column routing_key is null; column headers is not UTF-8")
+        );
+        let error = decoded(|wire| wire[Column::Attempts as usize] = Some(&[1])).expect_err("an error");
+        assert_eq!(error, "column attempts is not an integer");
+    }
+
+    #[test]
+    fn rows_that_go_the_same_way_share_their_route() {
+        let mut decoder = Decoder::new(Share { shards: 1, leases: &LEASES }, "default");
+        let [first, other, again] = ["a", "b", "a"].map(|exchange| decoder.route(exchange, "key"));
+        assert!(Arc::ptr_eq(&first, &again) && !Arc::ptr_eq(&first, &other));
+        assert_eq!(other.exchange, "b");
     }
 }

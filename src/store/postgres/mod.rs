@@ -5,7 +5,8 @@
 //! connection that failed is dropped and opened again by the next call; no session state is
 //! needed, so a pooler in transaction mode works (`OUTBOX_TRANSACTION_POOLING`).
 
-mod decode;
+mod answer;
+pub mod decode;
 mod error;
 mod leases;
 pub mod migrate;
@@ -20,6 +21,7 @@ use super::{
     Ask, Bite, Census, Delivered, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError,
 };
 use crate::config::Settings;
+use decode::Decoder;
 use session::{Lane, Session, TableAccess, Unit};
 use sqlx::Row as _;
 use statements::Statements;
@@ -72,7 +74,7 @@ impl PostgresStore {
             .bind(exchanges)
             .bind(keys)
             .bind(&*self.default_exchange);
-        let read = decode::read(query.fetch(session.connection()), ask, &self.default_exchange).await?;
+        let read = answer::read(query.fetch(session.connection()), ask, &self.default_exchange).await?;
         if read.cut_off {
             session.spoil();
         }
@@ -155,7 +157,8 @@ impl PostgresStore {
             .bind(share.shards as i32)
             .bind(shards_of(share));
         let row = query.fetch_optional(session.connection()).await?;
-        row.map(|row| decode::row(&row, share, &self.default_exchange)).transpose()
+        let mut decoder = Decoder::new(share, &self.default_exchange);
+        row.map(|row| answer::row(&row, &mut decoder)).transpose()
     }
 
     async fn run_release(
