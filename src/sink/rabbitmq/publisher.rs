@@ -14,14 +14,15 @@ use crate::mutants::mutant;
 use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::Row;
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
@@ -74,21 +75,19 @@ enum Answer {
 /// Messages that go out together.
 struct Round<'a> {
     batch: &'a [Row],
-    /// Messages with the index of their row.
-    messages: &'a [(usize, Message)],
-    /// Which of the messages.
-    positions: &'a [usize],
+    /// Which rows of the batch.
+    places: &'a [usize],
     permit: &'a BatchPermit<'a>,
 }
 
 impl<'a> Round<'a> {
-    fn items(&self) -> impl Iterator<Item = (usize, &'a Row, &'a Message)> {
-        self.positions.iter().map(|position| {
-            let (index, message) = &self.messages[*position];
-            (*index, &self.batch[*index], message)
-        })
+    fn rows(&self) -> impl Iterator<Item = (usize, &'a Row)> {
+        self.places.iter().map(|place| (*place, &self.batch[*place]))
     }
 }
+
+/// A message that was handed over, with its slot in the round; ends with the broker's answer.
+type OnItsWay<'a> = (usize, BoxFuture<'a, lapin::Result<Confirmation>>);
 
 /// What has come back for a round.
 #[derive(Default)]
@@ -99,14 +98,7 @@ struct Answers {
 }
 
 impl Answers {
-    fn take(&mut self, slot: usize, answer: Result<lapin::Result<Confirmation>, Refusal>) {
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(refusal) => {
-                self.by_slot[slot] = Some(Answer::NotSent(refusal));
-                return;
-            }
-        };
+    fn take(&mut self, slot: usize, answer: lapin::Result<Confirmation>) {
         let (answer, message) = match answer {
             Ok(Confirmation::Ack(message)) => (Answer::Ack, message),
             Ok(Confirmation::Nack(message)) => (Answer::Nack, message),
@@ -203,39 +195,40 @@ impl RabbitPublisher {
         compose(row, frame_max).map_err(hopeless)
     }
 
-    /// Sorts messages into rounds: all that may go together, then for each exchange that refused lately one
-    /// message alone and the others after it, and last what must not overtake those of its key.
+    /// Sorts the rows that have a message into rounds: all that may go together, then for each exchange that refused
+    /// lately one message alone and the others after it, and last what must not overtake those of its key.
     async fn rounds(
         &mut self,
         connection: &BrokerConnection,
         batch: &[Row],
-        messages: &[(usize, Message)],
+        messages: &[Option<Message>],
         verdicts: &mut [Option<Verdict>],
     ) -> Result<Vec<Vec<usize>>, String> {
-        let (mut together, mut last) = (Vec::new(), Vec::new());
+        let (mut together, mut last) = (Vec::with_capacity(batch.len()), Vec::new());
         let mut tries: Vec<(&str, Vec<usize>)> = Vec::new();
         let mut delayed_keys = HashSet::new();
-        for (position, (index, message)) in messages.iter().enumerate() {
-            let (exchange, key) = (message.exchange.as_str(), batch[*index].ordering_key.as_deref());
+        let sendable = batch.iter().zip(messages).enumerate().filter(|(_, (_, message))| message.is_some());
+        for (place, (row, _)) in sendable {
+            let (exchange, key) = (row.route.exchange.as_str(), row.ordering_key.as_deref());
             match self.exchanges.access(connection, exchange).await? {
-                Access::Open if key.is_some_and(|key| delayed_keys.contains(key)) => last.push(position),
-                Access::Open => together.push(position),
+                Access::Open if key.is_some_and(|key| delayed_keys.contains(key)) => last.push(place),
+                Access::Open => together.push(place),
                 Access::OneTry => {
                     delayed_keys.extend(key);
                     match tries.iter_mut().find(|(name, _)| *name == exchange) {
-                        Some((_, positions)) => positions.push(position),
-                        None => tries.push((exchange, vec![position])),
+                        Some((_, places)) => places.push(place),
+                        None => tries.push((exchange, vec![place])),
                     }
                 }
                 Access::Refused(reason) => {
-                    verdicts[*index] = Some(Err(Refusal::new(Fault::Destination, reason)));
+                    verdicts[place] = Some(Err(Refusal::new(Fault::Destination, reason)));
                 }
             }
         }
         let mut rounds = vec![together];
-        for (_, mut positions) in tries {
-            let rest = positions.split_off(1);
-            rounds.extend([positions, rest]);
+        for (_, mut places) in tries {
+            let rest = places.split_off(1);
+            rounds.extend([places, rest]);
         }
         rounds.push(last);
         Ok(rounds)
@@ -246,12 +239,14 @@ impl RabbitPublisher {
         &mut self,
         open: &Open,
         round: &Round<'_>,
+        messages: &mut [Option<Message>],
         verdicts: &mut [Option<Verdict>],
         give_up: &CancellationToken,
     ) {
         let mut answers =
-            Answers { by_slot: round.positions.iter().map(|_| None).collect(), ..Answers::default() };
-        let ended = self.exchange(open, round, &mut answers, give_up).await;
+            Answers { by_slot: round.places.iter().map(|_| None).collect(), ..Answers::default() };
+        let on_their_way = hand_over(open, round, messages, &mut answers);
+        let ended = self.gather(open, on_their_way, &mut answers, give_up).await;
         if ended != Ended::Complete {
             self.abandon_channel();
         }
@@ -262,7 +257,7 @@ impl RabbitPublisher {
         }
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Answer::Error(_)) | None);
         let broken = ended != Ended::Complete || by_slot.iter().any(failed);
-        for ((index, row, message), answer) in round.items().zip(by_slot) {
+        for ((place, row), answer) in round.rows().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
             let verdict = match answer.unwrap_or(none) {
                 _ if returned.contains_key(&row.id) && !mutant!("ignore-returns") => {
@@ -275,45 +270,28 @@ impl RabbitPublisher {
                 Answer::Ack => Ok(()),
                 Answer::Nack => Err(refused_by_queue(row)),
                 Answer::NotSent(refusal) => Err(refusal),
-                Answer::Error(error) => Err(self.learn(&error, message, row, round.positions.len() == 1)),
+                Answer::Error(error) => Err(self.learn(&error, row, round.places.len() == 1)),
                 Answer::Lost => Err(Refusal::new(Fault::Unknown, "the channel was lost before the confirm")),
                 Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
             };
             if verdict.is_ok() {
-                self.exchanges.accepted(message.exchange.as_str());
+                self.exchanges.accepted(&row.route.exchange);
             }
-            verdicts[index] = Some(verdict);
+            verdicts[place] = Some(verdict);
         }
     }
 
-    /// Publishes the round and gathers answers until all are in or no more can be hoped for.
-    async fn exchange(
+    /// Gathers answers until all are in or no more can be hoped for. One after the other, in the order of sending: all
+    /// are needed, so nobody is woken for one that came before its turn.
+    async fn gather(
         &self,
         open: &Open,
-        round: &Round<'_>,
+        on_their_way: Vec<OnItsWay<'_>>,
         answers: &mut Answers,
         give_up: &CancellationToken,
     ) -> Ended {
-        // Polled first in the order they are pushed, and a first poll queues the frames: messages
-        // leave in the order of the batch and share writes.
-        let mut confirms = FuturesUnordered::new();
-        for (slot, (_, row, message)) in round.items().enumerate() {
-            let publish = open.channel.basic_publish(
-                message.exchange.clone(),
-                message.routing_key.clone(),
-                BasicPublishOptions { mandatory: true, immediate: false },
-                &row.payload,
-                message.properties.clone(),
-            );
-            let permit = round.permit;
-            confirms.push(async move {
-                // Here, at the first poll, and nowhere earlier: what comes next hands the frames over.
-                if !permit.allows(row) {
-                    return (slot, Err(Refusal::without_lease()));
-                }
-                (slot, Ok(async { publish.await?.await }.await))
-            });
-        }
+        let mut on_their_way = on_their_way.into_iter();
+        let Some((mut slot, mut answer)) = on_their_way.next() else { return Ended::Complete };
         let mut look = tokio::time::interval(LOOK);
         // After the process was frozen one look is made up for, not all: the answers may be there already.
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -322,10 +300,13 @@ impl RabbitPublisher {
             tokio::select! {
                 biased;
                 // 1. Answers first: a confirm that is in must never be given up.
-                answer = confirms.next() => {
-                    let Some((slot, answer)) = answer else { return Ended::Complete };
-                    answers.take(slot, answer);
+                it = &mut answer => {
+                    answers.take(slot, it);
                     waited = Duration::ZERO;
+                    match on_their_way.next() {
+                        Some(next) => (slot, answer) = next,
+                        None => return Ended::Complete,
+                    }
                 }
                 // 2. The clock of the time-out; it stands still while the broker blocks us.
                 _ = look.tick() => {
@@ -337,8 +318,10 @@ impl RabbitPublisher {
                     let lost = lost_for > LOST_LIMIT || give_up.is_cancelled();
                     if lost || waited > self.confirm_timeout {
                         // Whatever has come in meanwhile counts, its returns above all.
-                        while let Some(Some((slot, answer))) = confirms.next().now_or_never() {
-                            answers.take(slot, answer);
+                        for (slot, answer) in on_their_way {
+                            if let Some(answer) = answer.now_or_never() {
+                                answers.take(slot, answer);
+                            }
                         }
                         return if lost { Ended::Lost } else { Ended::TimedOut };
                     }
@@ -348,8 +331,8 @@ impl RabbitPublisher {
     }
 
     /// What the closing of the channel says of this message, remembered for the next batch.
-    fn learn(&mut self, error: &lapin::Error, message: &Message, row: &Row, alone: bool) -> Refusal {
-        let (text, exchange) = (sentence(error), message.exchange.as_str());
+    fn learn(&mut self, error: &lapin::Error, row: &Row, alone: bool) -> Refusal {
+        let (text, exchange) = (sentence(error), row.route.exchange.as_str());
         let blamed = Blamed { exchange, routing_key: &row.route.routing_key, payload_len: row.payload.len() };
         let fault = fault_of_close(error, blamed, alone);
         if fault == Fault::Destination && names_exchange(&text, exchange) {
@@ -373,28 +356,60 @@ impl Publisher for RabbitPublisher {
             0 => FRAME_MAX_BYTES,
             frame_max => frame_max as usize,
         };
-        let mut messages = Vec::with_capacity(batch.len());
-        for (index, row) in batch.iter().enumerate() {
-            match self.check(row, frame_max) {
-                Ok(message) => messages.push((index, message)),
-                Err(refusal) => verdicts[index] = Some(Err(refusal)),
-            }
+        let mut messages: Vec<Option<Message>> = Vec::with_capacity(batch.len());
+        for (row, verdict) in batch.iter().zip(&mut verdicts) {
+            messages.push(match self.check(row, frame_max) {
+                Ok(message) => Some(message),
+                Err(refusal) => {
+                    *verdict = Some(Err(refusal));
+                    None
+                }
+            });
         }
         let rounds = match self.rounds(&open.connection, batch, &messages, &mut verdicts).await {
             Ok(rounds) => rounds,
             Err(reason) => return vec![Err(Refusal::new(Fault::Outage, reason)); batch.len()],
         };
         let permit = permit.for_batch();
-        for positions in rounds.iter().filter(|positions| !positions.is_empty()) {
+        for places in rounds.iter().filter(|places| !places.is_empty()) {
             // A round after one that broke the channel, or gave it up, is left for the next batch.
             if self.channel.is_some() && open.channel.status().connected() {
-                let round = Round { batch, messages: &messages, positions, permit: &permit };
-                self.send(&open, &round, &mut verdicts, give_up).await;
+                let round = Round { batch, places, permit: &permit };
+                self.send(&open, &round, &mut messages, &mut verdicts, give_up).await;
             }
         }
         let not_sent = || Err(Refusal::new(Fault::Outage, "not sent: the channel was lost"));
         verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(not_sent)).collect()
     }
+}
+
+/// Hands the messages of a round over to the connection, in order. The first poll is what queues the frames, so messages
+/// leave in the order of the batch and share writes; that they have left wakes nobody.
+fn hand_over<'a>(
+    open: &'a Open,
+    round: &Round<'a>,
+    messages: &mut [Option<Message>],
+    answers: &mut Answers,
+) -> Vec<OnItsWay<'a>> {
+    let mut nobody = Context::from_waker(Waker::noop());
+    let mut on_their_way = Vec::with_capacity(round.places.len());
+    for (slot, (place, row)) in round.rows().enumerate() {
+        // A row has one turn in one of the rounds.
+        let Some(Message { exchange, routing_key, properties }) = messages[place].take() else { continue };
+        // Here, right before the frames are handed over, and nowhere earlier.
+        if !round.permit.allows(row) {
+            answers.by_slot[slot] = Some(Answer::NotSent(Refusal::without_lease()));
+            continue;
+        }
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let publish = open.channel.basic_publish(exchange, routing_key, options, &row.payload, properties);
+        let mut answer = async { publish.await?.await }.boxed();
+        match answer.poll_unpin(&mut nobody) {
+            Poll::Ready(answer) => answers.take(slot, answer),
+            Poll::Pending => on_their_way.push((slot, answer)),
+        }
+    }
+    on_their_way
 }
 
 fn outbox_id(message: &BasicReturnMessage) -> Option<i64> {
