@@ -9,11 +9,13 @@
 //!               a settled row frees its place
 //! ```
 //!
+//! Rows change hands by the batch: one message of a channel holds all that came together.
+//!
 //! | channel | written by | read by | bound |
 //! |---|---|---|---|
 //! | `Work` | poll | one worker each | a place for every row in flight and every resumed key |
-//! | `Outcome` | all workers | settle | the same |
-//! | `Settled` | settle | poll | the same |
+//! | `Vec<Outcome>` | all workers | settle | the same |
+//! | `Vec<Settled>` | settle | poll | the same |
 //!
 //! Invariants:
 //!
@@ -50,13 +52,15 @@ use crate::sink::Fault;
 use crate::store::{Lease, Route, Row};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use uuid::Uuid;
 
 /// From poll to a worker.
 #[derive(Debug)]
 pub enum Work {
-    /// Publish this.
-    Publish(Row),
+    /// Publish these; of each key in order.
+    Publish(Vec<Row>),
     /// This key may go on: its refused row is in the table and holds it back there, or all of its rows are back there.
     Resume(Arc<str>),
 }
@@ -151,4 +155,31 @@ pub enum Fate {
         /// The key to resume.
         key: Option<Arc<str>>,
     },
+}
+
+/// Hands over without waiting: the channels have a place for everything that can be under way, and never an empty batch. A
+/// wait could be cut short by a stop, between the note of a row and its way to the next stage. Fails only when the receiver
+/// has ended, which supervision has noticed.
+async fn hand_over<T>(to: &mpsc::Sender<T>, what: T) {
+    if let Err(TrySendError::Full(what)) = to.try_send(what) {
+        let _ = to.send(what).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+
+    /// A wait, be it only the scheduler's wish that others have their turn, is where a stop cuts.
+    #[tokio::test]
+    async fn handing_over_does_not_wait_while_there_is_room() {
+        let (to, mut from) = mpsc::channel(1000);
+        for number in 0..1000 {
+            assert!(hand_over(&to, number).now_or_never().is_some(), "after {number}");
+        }
+        assert!(hand_over(&to, 1000).now_or_never().is_none(), "full");
+        from.close();
+        assert!(hand_over(&to, 1001).now_or_never().is_some(), "the receiver has ended");
+    }
 }

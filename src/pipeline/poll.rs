@@ -11,7 +11,7 @@ use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
-use super::{Fate, Settled, Work};
+use super::{Fate, Settled, Work, hand_over};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
 use crate::ownership::Holdings;
@@ -23,7 +23,6 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::watch::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -46,7 +45,7 @@ const RELEASE_ROWS: usize = 1000;
 pub struct Poll<S> {
     store: Arc<S>,
     workers: Vec<mpsc::Sender<Work>>,
-    settled: mpsc::Receiver<Settled>,
+    settled: mpsc::Receiver<Vec<Settled>>,
     sink: watch::Receiver<SinkState>,
     holdings: watch::Receiver<Holdings>,
     drained: mpsc::Sender<Lease>,
@@ -80,7 +79,7 @@ pub struct Ends<S> {
     /// A channel to each worker; the last one takes probes of parked routes only.
     pub workers: Vec<mpsc::Sender<Work>>,
     /// Settled rows.
-    pub settled: mpsc::Receiver<Settled>,
+    pub settled: mpsc::Receiver<Vec<Settled>>,
     /// Whether the broker takes messages.
     pub sink: watch::Receiver<SinkState>,
     /// What may be read.
@@ -199,7 +198,7 @@ impl<S: Store> Poll<S> {
                 }
             };
             match self.pulse.beat_during(event).await {
-                Some(Some(settled)) => self.settle(settled).await,
+                Some(Some(settled)) => self.settle_all(settled).await,
                 // Settle has ended, and so has everything that was in flight.
                 Some(None) => return,
                 None => {}
@@ -408,9 +407,12 @@ impl<S: Store> Poll<S> {
         if self.sweeping_found_known_ids(&rows) {
             self.forget_what_is_settled();
         }
-        for row in rows {
-            let worker = self.worker_of(&row);
-            self.send(row, worker).await;
+        let mut shares: Vec<Vec<Row>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for row in rows.into_iter().filter(|row| !self.in_flight.contains_key(&row.id)) {
+            shares[worker_of(&row, self.limits.keep_order, self.prober())].push(row);
+        }
+        for (worker, rows) in shares.into_iter().enumerate() {
+            self.send(rows, worker).await;
         }
         Ok(found)
     }
@@ -430,10 +432,17 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    async fn send(&mut self, row: Row, worker: usize) {
-        if self.in_flight.contains_key(&row.id) {
+    /// Notes rows and hands them over.
+    async fn send(&mut self, rows: Vec<Row>, worker: usize) {
+        if rows.is_empty() {
             return;
         }
+        rows.iter().for_each(|row| self.note(row, worker));
+        self.show_in_flight();
+        hand_over(&self.workers[worker], Work::Publish(rows)).await;
+    }
+
+    fn note(&mut self, row: &Row, worker: usize) {
         let watched = self.routes.watches(&row.route).then(|| Arc::clone(&row.route));
         self.last_read = self.last_read.max(row.id);
         self.known.add(row.id);
@@ -446,18 +455,6 @@ impl<S: Store> Poll<S> {
         self.shards.sent(row.lease);
         let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
         self.in_flight.insert(row.id, place);
-        self.show_in_flight();
-        hand_over(&self.workers[worker], Work::Publish(row)).await;
-    }
-
-    /// Rows of a key share a worker, which keeps their order.
-    fn worker_of(&self, row: &Row) -> usize {
-        let mut hasher = DefaultHasher::new();
-        match row.ordering_key.as_deref().filter(|_| self.limits.keep_order) {
-            Some(key) => key.hash(&mut hasher),
-            None => row.id.hash(&mut hasher),
-        }
-        (hasher.finish() % self.prober() as u64) as usize
     }
 
     /// The last worker takes probes only, so that a route without answers costs no other row its time. The
@@ -468,16 +465,23 @@ impl<S: Store> Poll<S> {
 
     async fn take_settled(&mut self) {
         while let Ok(settled) = self.settled.try_recv() {
-            self.settle(settled).await;
+            self.settle_all(settled).await;
         }
     }
 
-    async fn settle_or_wait(&mut self, settled: Option<Settled>) {
+    async fn settle_or_wait(&mut self, settled: Option<Vec<Settled>>) {
         match settled {
-            Some(settled) => self.settle(settled).await,
+            Some(settled) => self.settle_all(settled).await,
             // Settle is gone; supervision stops us.
             None => std::future::pending().await,
         }
+    }
+
+    async fn settle_all(&mut self, settled: Vec<Settled>) {
+        for settled in settled {
+            self.settle(settled).await;
+        }
+        self.show_in_flight();
     }
 
     /// Frees the place of a settled row.
@@ -489,7 +493,6 @@ impl<S: Store> Poll<S> {
         if let Some(key) = &key_in_flight {
             self.keys.settled(key);
         }
-        self.show_in_flight();
         match fate {
             Fate::Delivered { certain } => {
                 if !certain {
@@ -595,7 +598,7 @@ impl<S: Store> Poll<S> {
             }
             Ok(Some(row)) => {
                 let prober = self.prober();
-                self.send(row, prober).await;
+                self.send(vec![row], prober).await;
             }
             Ok(None) if leases.len() == self.holdings.borrow().leases().len() => {
                 self.routes.nothing_waits(&route);
@@ -624,29 +627,12 @@ impl<S: Store> Poll<S> {
     }
 }
 
-/// Hands over without waiting: the channels of poll have a place for everything that can be under way. A wait could be cut
-/// short by a stop, between the note of a row and its way to a worker. Fails only when the receiver has ended, which
-/// supervision has noticed.
-async fn hand_over<T>(to: &mpsc::Sender<T>, what: T) {
-    if let Err(TrySendError::Full(what)) = to.try_send(what) {
-        let _ = to.send(what).await;
+/// Rows of a key share a worker, which keeps their order.
+pub fn worker_of(row: &Row, keep_order: bool, workers: usize) -> usize {
+    let mut hasher = DefaultHasher::new();
+    match row.ordering_key.as_deref().filter(|_| keep_order) {
+        Some(key) => key.hash(&mut hasher),
+        None => row.id.hash(&mut hasher),
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures_util::FutureExt;
-
-    /// A wait, be it only the scheduler's wish that others have their turn, is where a stop cuts.
-    #[tokio::test]
-    async fn handing_over_does_not_wait_while_there_is_room() {
-        let (to, mut from) = mpsc::channel(1000);
-        for number in 0..1000 {
-            assert!(hand_over(&to, number).now_or_never().is_some(), "after {number}");
-        }
-        assert!(hand_over(&to, 1000).now_or_never().is_none(), "full");
-        from.close();
-        assert!(hand_over(&to, 1001).now_or_never().is_some(), "the receiver has ended");
-    }
+    (hasher.finish() % workers as u64) as usize
 }

@@ -7,7 +7,7 @@
 //! before settle has the verdict.
 
 use super::queue::{Queue, Queued};
-use super::{End, Outcome, Work};
+use super::{End, Outcome, Work, hand_over};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
@@ -30,7 +30,9 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// One publishing worker.
 pub struct Worker<P> {
     input: mpsc::Receiver<Work>,
-    output: mpsc::Sender<Outcome>,
+    output: mpsc::Sender<Vec<Outcome>>,
+    /// Rows that have come to their end and were not handed over yet.
+    ended: Vec<Outcome>,
     publisher: P,
     sink: watch::Receiver<SinkState>,
     permit: Permit,
@@ -53,7 +55,7 @@ pub struct Ends<P> {
     /// Rows from poll.
     pub input: mpsc::Receiver<Work>,
     /// Outcomes to settle.
-    pub output: mpsc::Sender<Outcome>,
+    pub output: mpsc::Sender<Vec<Outcome>>,
     /// The worker's own way to the broker.
     pub publisher: P,
     /// Whether the broker can be used.
@@ -75,6 +77,7 @@ impl<P: Publisher> Worker<P> {
         Self {
             input: ends.input,
             output: ends.output,
+            ended: Vec::new(),
             publisher: ends.publisher,
             sink: ends.sink,
             permit: ends.permit,
@@ -141,27 +144,32 @@ impl<P: Publisher> Worker<P> {
     async fn fill(&mut self) -> bool {
         loop {
             while let Ok(work) = self.input.try_recv() {
-                self.accept(work).await;
+                self.accept(work);
             }
+            self.hand_over_ended().await;
             if !self.queue.is_empty() {
                 return true;
             }
             match self.pulse.beat_during(self.input.recv()).await {
-                Some(work) => self.accept(work).await,
+                Some(work) => self.accept(work),
                 None => return false,
             }
         }
     }
 
-    async fn accept(&mut self, work: Work) {
+    fn accept(&mut self, work: Work) {
         match work {
             Work::Resume(key) => self.queue.resume(&key),
-            Work::Publish(row) if self.is_silent(&row.route) => self.accept_for_silent_route(row).await,
-            Work::Publish(row) => {
-                if let Some(row) = self.queue.push(row.into()) {
-                    self.release(vec![row]).await;
-                }
-            }
+            Work::Publish(rows) => rows.into_iter().for_each(|row| self.accept_row(row)),
+        }
+    }
+
+    fn accept_row(&mut self, row: Row) {
+        if self.is_silent(&row.route) {
+            return self.accept_for_silent_route(row);
+        }
+        if let Some(row) = self.queue.push(row.into()) {
+            self.end(&row, End::Released);
         }
     }
 
@@ -172,16 +180,16 @@ impl<P: Publisher> Worker<P> {
 
     /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
     /// one that has waited is a probe, and goes alone.
-    async fn accept_for_silent_route(&mut self, row: Row) {
+    fn accept_for_silent_route(&mut self, row: Row) {
         // Only the first row of a key may be refused: one that had waited would be tried before those before it.
         let behind = row.ordering_key.as_ref().is_some_and(|key| self.queue.is_busy_with(key));
         if row.attempts == 0 && !behind {
             let reason = "not sent: this route has given no confirms lately";
-            return self.wait(row, Refusal::new(Fault::Silence, reason)).await;
+            return self.wait(&row, Refusal::new(Fault::Silence, reason));
         }
-        let probe = Queued { row, alone: true, strikes: 0 };
+        let probe = Queued { alone: true, ..row.into() };
         if let Some(row) = self.queue.push(probe) {
-            self.release(vec![row]).await;
+            self.end(&row, End::Released);
         }
     }
 
@@ -209,11 +217,12 @@ impl<P: Publisher> Worker<P> {
     /// Sends one batch. If no row at all has come to an end, says why.
     async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
         let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
-            batch.into_iter().map(|queued| (queued.row, (queued.alone, queued.strikes))).unzip();
+            batch.into_iter().map(|queued| (*queued.row, (queued.alone, queued.strikes))).unzip();
         if mutant!("mark-before-confirm") {
             for row in &rows {
-                self.end(row, End::Delivered { created_at_micros: row.created_at_micros }).await;
+                self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
             }
+            self.hand_over_ended().await;
         }
         let sent_at = Instant::now();
         let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.permit, &self.cut)).await;
@@ -224,21 +233,23 @@ impl<P: Publisher> Worker<P> {
             verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
         let (count, mut again) = (rows.len(), Vec::new());
         for ((row, verdict), (was_alone, strikes)) in rows.into_iter().zip(verdicts).zip(memory) {
-            let queued = Queued { row, alone: was_alone, strikes };
-            again.extend(self.apply(queued, verdict, alone).await);
+            match verdict {
+                Ok(()) => self.delivered(&row),
+                Err(refusal) => {
+                    let queued = Queued { alone: was_alone, strikes, ..row.into() };
+                    again.extend(self.refused(queued, refusal, alone));
+                }
+            }
         }
         let stuck = again.len() == count;
         let given_back = self.queue.put_back(again);
-        self.release(given_back).await;
+        self.release(given_back);
+        self.hand_over_ended().await;
         first_reason.filter(|_| stuck)
     }
 
-    /// Acts on one verdict. Returns the row if it is to be sent again.
-    async fn apply(&mut self, mut queued: Queued, verdict: Verdict, alone: bool) -> Option<Queued> {
-        let Err(refusal) = verdict else {
-            self.delivered(queued.row).await;
-            return None;
-        };
+    /// Acts on a refusal. Returns the row if it is to be sent again.
+    fn refused(&mut self, mut queued: Queued, refusal: Refusal, alone: bool) -> Option<Queued> {
         self.count(refusal.fault);
         if matches!(refusal.fault, Fault::Unroutable | Fault::Destination | Fault::Message) {
             // A refusal is an answer too.
@@ -256,22 +267,22 @@ impl<P: Publisher> Worker<P> {
                 queued.strikes = history.strikes;
                 return Some(queued);
             }
-            Decision::Accept => self.delivered(queued.row).await,
-            Decision::Wait => self.wait(queued.row, refusal).await,
-            Decision::Dead => self.dead(queued.row, refusal).await,
-            Decision::GiveBack => self.give_back(queued.row).await,
+            Decision::Accept => self.delivered(&queued.row),
+            Decision::Wait => self.wait(&queued.row, refusal),
+            Decision::Dead => self.dead(&queued.row, refusal),
+            Decision::GiveBack => self.give_back(&queued.row),
         }
         None
     }
 
-    async fn delivered(&mut self, row: Row) {
+    fn delivered(&mut self, row: &Row) {
         if !self.silences.is_empty() {
             self.silences.remove(&row.route);
         }
-        self.end(&row, End::Delivered { created_at_micros: row.created_at_micros }).await;
+        self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
     }
 
-    async fn wait(&mut self, row: Row, refusal: Refusal) {
+    fn wait(&mut self, row: &Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
         let followers = row.ordering_key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
         let end = End::Wait {
@@ -282,21 +293,21 @@ impl<P: Publisher> Worker<P> {
             wait: self.policy.wait(attempts),
             reason: refusal.reason,
         };
-        self.end(&row, end).await;
-        self.release(followers).await;
+        self.end(row, end);
+        self.release(followers);
     }
 
     /// The lease was not in force. The key is held, so that no later row of it goes before this one when the lease is
     /// in force again.
-    async fn give_back(&mut self, row: Row) {
+    fn give_back(&mut self, row: &Row) {
         self.metrics.fenced.inc();
-        let key = self.queue.key_of(&row).filter(|_| !mutant!("no-hold-after-fence"));
+        let key = self.queue.key_of(row).filter(|_| !mutant!("no-hold-after-fence"));
         let followers = key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
-        self.end(&row, End::Fenced { key }).await;
-        self.release(followers).await;
+        self.end(row, End::Fenced { key });
+        self.release(followers);
     }
 
-    async fn dead(&mut self, row: Row, refusal: Refusal) {
+    fn dead(&mut self, row: &Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
         tracing::warn!(
             id = row.id,
@@ -305,20 +316,25 @@ impl<P: Publisher> Worker<P> {
             reason = refusal.reason,
             "row is dead: it can not be delivered"
         );
-        self.end(&row, End::Dead { attempts, reason: refusal.reason }).await;
+        self.end(row, End::Dead { attempts, reason: refusal.reason });
     }
 
-    async fn release(&mut self, rows: Vec<Row>) {
+    fn release(&mut self, rows: Vec<Row>) {
         for row in rows {
-            self.end(&row, End::Released).await;
+            self.end(&row, End::Released);
         }
     }
 
-    /// Never waits: the channel has room for every row in flight. Fails only after settle is gone,
-    /// which supervision has noticed already.
-    async fn end(&mut self, row: &Row, end: End) {
+    /// Notes a row's end, to be handed over before anything is waited for.
+    fn end(&mut self, row: &Row, end: End) {
         let Row { id, message_id, lease, .. } = *row;
-        let _ = self.output.send(Outcome { id, message_id, lease, end }).await;
+        self.ended.push(Outcome { id, message_id, lease, end });
+    }
+
+    async fn hand_over_ended(&mut self) {
+        if !self.ended.is_empty() {
+            hand_over(&self.output, std::mem::take(&mut self.ended)).await;
+        }
     }
 
     /// Counts confirm time-outs, once per batch and route.

@@ -11,8 +11,8 @@ use std::sync::Arc;
 /// A row with what its worker remembers about it.
 #[derive(Debug)]
 pub struct Queued {
-    /// The row.
-    pub row: Row,
+    /// The row; boxed, because it changes places often.
+    pub row: Box<Row>,
     /// To be published in a batch of its own.
     pub alone: bool,
     /// Times it was alone on a channel that closed.
@@ -21,7 +21,7 @@ pub struct Queued {
 
 impl From<Row> for Queued {
     fn from(row: Row) -> Self {
-        Self { row, alone: false, strikes: 0 }
+        Self { row: Box::new(row), alone: false, strikes: 0 }
     }
 }
 
@@ -84,7 +84,7 @@ impl Queue {
             return None;
         };
         if self.held.contains_key(&key) {
-            return Some(queued.row);
+            return Some(*queued.row);
         }
         self.key_queue(key).push_back(queued);
         self.rows += 1;
@@ -102,7 +102,7 @@ impl Queue {
                 continue;
             };
             if self.held.contains_key(&key) {
-                given_back.push(queued.row);
+                given_back.push(*queued.row);
             } else {
                 self.key_queue(key).push_front(queued);
                 self.rows += 1;
@@ -122,7 +122,7 @@ impl Queue {
             self.turns.retain(|turn| turn != key);
             self.rows -= rows.len();
         }
-        rows.into_iter().map(|queued| queued.row).collect()
+        rows.into_iter().map(|queued| *queued.row).collect()
     }
 
     /// One refused row of this key is in the table.

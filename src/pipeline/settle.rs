@@ -6,7 +6,7 @@
 //!
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
-use super::{End, Fate, Outcome, Settled};
+use super::{End, Fate, Outcome, Settled, hand_over};
 use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting};
@@ -23,13 +23,16 @@ const GATHER_ROWS: usize = 2000;
 /// the duplicates of a crash; longer gathers save commits.
 const GATHER_TIME: Duration = Duration::from_millis(10);
 
+/// Neighbours are written with so many statements, where there are enough rows for each to be worth its round trip.
+const APART: i64 = 2;
+const APART_FROM: usize = 200;
 /// How long the last write may take after the end of the grace period.
 const LAST_WRITE: Duration = Duration::from_secs(1);
 
 /// The stage.
 pub struct Settle<S> {
-    input: mpsc::Receiver<Outcome>,
-    output: mpsc::Sender<Settled>,
+    input: mpsc::Receiver<Vec<Outcome>>,
+    output: mpsc::Sender<Vec<Settled>>,
     store: Arc<S>,
     /// The grace period is over: a database that is away is waited for no longer.
     cut: CancellationToken,
@@ -53,8 +56,8 @@ pub struct Unwritten {
 impl<S: Store> Settle<S> {
     /// A stage that ends when its input ends.
     pub fn new(
-        input: mpsc::Receiver<Outcome>,
-        output: mpsc::Sender<Settled>,
+        input: mpsc::Receiver<Vec<Outcome>>,
+        output: mpsc::Sender<Vec<Settled>>,
         store: Arc<S>,
         cut: CancellationToken,
         board: Arc<Board>,
@@ -67,36 +70,42 @@ impl<S: Store> Settle<S> {
     /// Writes outcomes until there are no more.
     pub async fn run(mut self) -> Result<(), Unwritten> {
         while let Some(outcomes) = self.gather().await {
-            let settlement = settlement(&outcomes);
-            let marked = match self.write(&settlement).await {
-                Ok(marked) => marked,
-                Err(error) => return self.give_up(settlement.delivered.len(), error),
-            };
-            let certain = marked == settlement.delivered.len() as u64;
-            self.report(outcomes, certain).await;
+            let mut bites = bites(outcomes).into_iter();
+            while let Some(outcomes) = bites.next() {
+                let settlement = settlement(&outcomes);
+                let marked = match self.write(&settlement).await {
+                    Ok(marked) => marked,
+                    Err(error) => return self.give_up(outcomes.into_iter().chain(bites.flatten()), error),
+                };
+                let certain = marked == settlement.delivered.len() as u64;
+                self.report(outcomes, certain).await;
+            }
         }
         Ok(())
     }
 
-    /// Waits for an outcome, then a little longer for more. `None` when the input has ended.
+    /// Waits for outcomes, then a little longer for more. `None` when the input has ended.
     async fn gather(&mut self) -> Option<Vec<Outcome>> {
-        let mut outcomes = vec![self.pulse.beat_during(self.input.recv()).await?];
+        let mut outcomes = self.pulse.beat_during(self.input.recv()).await?;
         let deadline = tokio::time::Instant::now() + GATHER_TIME;
         while outcomes.len() < GATHER_ROWS {
-            let room = GATHER_ROWS - outcomes.len();
-            match tokio::time::timeout_at(deadline, self.input.recv_many(&mut outcomes, room)).await {
-                Ok(0) | Err(_) => break,
-                Ok(_) => {}
+            match tokio::time::timeout_at(deadline, self.input.recv()).await {
+                Ok(Some(more)) => outcomes.extend(more),
+                Ok(None) | Err(_) => break,
             }
         }
         Some(outcomes)
     }
 
     /// Tells how many confirmed rows stay unmarked; none is no failure.
-    fn give_up(&mut self, mut rows: usize, error: StoreError) -> Result<(), Unwritten> {
-        while let Ok(outcome) = self.input.try_recv() {
-            rows += usize::from(matches!(outcome.end, End::Delivered { .. }));
-        }
+    fn give_up(
+        &mut self,
+        unwritten: impl Iterator<Item = Outcome>,
+        error: StoreError,
+    ) -> Result<(), Unwritten> {
+        let come_since = std::iter::from_fn(|| self.input.try_recv().ok()).flatten();
+        let delivered = |outcome: &Outcome| matches!(outcome.end, End::Delivered { .. });
+        let rows = unwritten.chain(come_since).filter(delivered).count();
         if rows == 0 { Ok(()) } else { Err(Unwritten { rows, reason: error.sentence }) }
     }
 
@@ -149,29 +158,47 @@ impl<S: Store> Settle<S> {
     /// Counts what was committed and frees the places.
     async fn report(&self, outcomes: Vec<Outcome>, certain: bool) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        for Outcome { id, end, .. } in outcomes {
-            let fate = match end {
-                End::Delivered { created_at_micros } => {
-                    self.metrics.delivered.inc();
-                    let age = now.as_secs_f64() - created_at_micros as f64 / 1e6;
-                    self.metrics.end_to_end_seconds.observe(age.max(0.0));
-                    Fate::Delivered { certain }
-                }
-                End::Dead { .. } => {
-                    self.metrics.dead.inc();
-                    Fate::Dead
-                }
-                End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
-                End::Released => Fate::Released,
-                End::Fenced { key } => Fate::Fenced { key },
-            };
-            // Fails only when poll has ended, which on a stop is as it should be.
-            let _ = self.output.send(Settled { id, fate }).await;
+        let settled = |Outcome { id, end, .. }| Settled { id, fate: self.count(end, certain, now) };
+        // Nobody takes it when poll has ended, which on a stop is as it should be.
+        hand_over(&self.output, outcomes.into_iter().map(settled).collect()).await;
+    }
+
+    fn count(&self, end: End, certain: bool, now: Duration) -> Fate {
+        match end {
+            End::Delivered { created_at_micros } => {
+                self.metrics.delivered.inc();
+                let age = now.as_secs_f64() - created_at_micros as f64 / 1e6;
+                self.metrics.end_to_end_seconds.observe(age.max(0.0));
+                Fate::Delivered { certain }
+            }
+            End::Dead { .. } => {
+                self.metrics.dead.inc();
+                Fate::Dead
+            }
+            End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
+            End::Released => Fate::Released,
+            End::Fenced { key } => Fate::Fenced { key },
         }
     }
 }
 
-fn settlement(outcomes: &[Outcome]) -> Settlement {
+/// What is written with one statement each. Rows that are neighbours in the table come apart: a page has room for the new
+/// versions of some of its rows, and when these are committed what was before them makes room for the others. Updates within
+/// a page take half the write-ahead log.
+pub fn bites(outcomes: Vec<Outcome>) -> Vec<Vec<Outcome>> {
+    if outcomes.len() < APART_FROM {
+        return vec![outcomes];
+    }
+    let mut bites: Vec<Vec<Outcome>> = (0..APART).map(|_| Vec::with_capacity(outcomes.len())).collect();
+    for outcome in outcomes {
+        bites[outcome.id.rem_euclid(APART) as usize].push(outcome);
+    }
+    bites.retain(|bite| !bite.is_empty());
+    bites
+}
+
+/// What is to be written of outcomes.
+pub fn settlement(outcomes: &[Outcome]) -> Settlement {
     let mut settlement = Settlement::default();
     for Outcome { id, message_id, lease, end } in outcomes {
         match end {
@@ -199,4 +226,40 @@ fn settlement(outcomes: &[Outcome]) -> Settlement {
         }
     }
     settlement
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Lease;
+    use uuid::Uuid;
+
+    fn outcomes(ids: impl Iterator<Item = i64>) -> Vec<Outcome> {
+        let outcome =
+            |id| Outcome { id, message_id: Uuid::nil(), lease: Lease::default(), end: End::Released };
+        ids.map(outcome).collect()
+    }
+
+    fn ids(bites: &[Vec<Outcome>]) -> Vec<Vec<i64>> {
+        bites.iter().map(|bite| bite.iter().map(|outcome| outcome.id).collect()).collect()
+    }
+
+    #[test]
+    fn neighbours_are_written_apart_and_none_is_left_out() {
+        let many = APART_FROM as i64;
+        let bites = ids(&bites(outcomes(-3..many)));
+        assert_eq!(bites.len(), APART as usize);
+        let together = |bite: &Vec<i64>| bite.windows(2).any(|pair| pair[1] - pair[0] < APART);
+        assert!(!bites.iter().any(together), "{bites:?}");
+        let mut all = bites.concat();
+        all.sort_unstable();
+        assert_eq!(all, (-3..many).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn few_rows_and_ids_with_gaps_are_written_at_once() {
+        assert_eq!(ids(&bites(outcomes(1..4))), [[1, 2, 3]]);
+        let even = (1..=APART_FROM as i64).map(|id| id * APART);
+        assert_eq!(bites(outcomes(even)).len(), 1, "no empty statement");
+    }
 }
