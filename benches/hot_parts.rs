@@ -1,5 +1,5 @@
-//! The parts of the relay that run once per row, without servers: making a message, forming batches, keeping
-//! track of ids; and the whole pipeline between a store in memory and a sink that takes everything.
+//! The parts of the relay that run once per row, without servers: decoding it, choosing its worker, making a message,
+//! forming batches, settling, keeping track of ids; and the whole pipeline between a store in memory and a sink that takes everything.
 //!
 //! `cargo bench` measures, `cargo bench -- --test` runs each once. Times are noise on a busy machine; compare
 //! two runs on the same one.
@@ -10,12 +10,16 @@ use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use outbox_relay::config::{Ordering, Settings, Sources};
 use outbox_relay::pipeline::known::Known;
+use outbox_relay::pipeline::poll::worker_of;
 use outbox_relay::pipeline::queue::Queue;
+use outbox_relay::pipeline::settle::{bites, settlement};
+use outbox_relay::pipeline::{End, Outcome};
 use outbox_relay::relay::Relay;
 use outbox_relay::sink::null::NullSink;
 use outbox_relay::sink::rabbitmq::message::compose;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
-use outbox_relay::store::{Route, Row};
+use outbox_relay::store::postgres::decode::{Decoder, Wire};
+use outbox_relay::store::{Lease, Route, Row, Share};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +42,50 @@ fn row(id: i64) -> Row {
 
 fn rows() -> Vec<Row> {
     (1..=ROWS).map(row).collect()
+}
+
+fn decoding(criterion: &mut Criterion) {
+    let payload = vec![b'x'; 500];
+    let wire: Wire<'_> = [
+        Some(&[0, 0, 0, 0, 0, 0, 0, 1]),
+        Some(&[7; 16]),
+        Some(b"orders"),
+        Some(b"order.created"),
+        Some(b"order 17"),
+        Some(&payload),
+        Some(b"application/json"),
+        Some(b"{}"),
+        Some(&[0; 8]),
+        Some(&[0; 4]),
+        Some(&[0; 4]),
+    ];
+    let leases = [Lease::default()];
+    let mut decoder = Decoder::new(Share { shards: 1, leases: &leases }, "");
+    criterion.bench_function("row from the wire", |bench| {
+        bench.iter(|| decoder.row(black_box(&wire), Bytes::copy_from_slice(&payload)).expect("a row"));
+    });
+}
+
+fn routing(criterion: &mut Criterion) {
+    let row = row(1);
+    criterion.bench_function("worker of a row", |bench| bench.iter(|| worker_of(black_box(&row), true, 4)));
+}
+
+fn settling(criterion: &mut Criterion) {
+    let outcome = |row: Row| Outcome {
+        id: row.id,
+        message_id: row.message_id,
+        lease: row.lease,
+        end: End::Delivered { created_at_micros: row.created_at_micros },
+    };
+    let outcomes = || rows().into_iter().map(outcome).collect::<Vec<_>>();
+    let mut group = criterion.benchmark_group("settling");
+    group.throughput(Throughput::Elements(ROWS as u64));
+    group.bench_function("statements for 2000 rows", |bench| {
+        let form = |outcomes| bites(outcomes).iter().map(|bite| settlement(bite)).collect::<Vec<_>>();
+        bench.iter_batched(outcomes, form, BatchSize::LargeInput);
+    });
+    group.finish();
 }
 
 fn message(criterion: &mut Criterion) {
@@ -108,5 +156,5 @@ fn pipeline(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, message, batches, known_ids, pipeline);
+criterion_group!(benches, decoding, routing, message, batches, settling, known_ids, pipeline);
 criterion_main!(benches);
