@@ -16,12 +16,49 @@ pub struct Usage {
     pub peak_rss_bytes: u64,
 }
 
+/// Numbers of `/proc/PID/stat` by their places in proc(5).
+struct Stat(Vec<f64>);
+
+impl Stat {
+    fn of(pid: u32) -> Option<Self> {
+        let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name in brackets may hold anything; behind it comes the third, a letter, and then numbers.
+        let numbers = stat.rsplit_once(')')?.1.split_whitespace().skip(1);
+        Some(Self(numbers.map(|number| number.parse().unwrap_or(0.0)).collect()))
+    }
+
+    fn at(&self, place: usize) -> f64 {
+        self.0.get(place - 4).copied().unwrap_or(0.0)
+    }
+
+    fn parent(&self) -> u32 {
+        self.at(4) as u32
+    }
+
+    /// utime and stime.
+    fn cpu_seconds(&self) -> f64 {
+        (self.at(14) + self.at(15)) / TICKS_PER_SECOND
+    }
+
+    /// cutime and cstime: of children that have ended.
+    fn ended_children_cpu_seconds(&self) -> f64 {
+        (self.at(16) + self.at(17)) / TICKS_PER_SECOND
+    }
+}
+
+/// Processor time of a process and of all children it has or had, which are Postgres's connections; 0 if there is none.
+pub fn family_cpu_seconds(pid: u32) -> f64 {
+    let Some(parent) = Stat::of(pid) else { return 0.0 };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let children = pids.filter_map(Stat::of).filter(|stat| stat.parent() == pid);
+    let running: f64 = children.map(|stat| stat.cpu_seconds() + stat.ended_children_cpu_seconds()).sum();
+    parent.cpu_seconds() + parent.ended_children_cpu_seconds() + running
+}
+
 /// `None` if there is no such process.
 pub fn usage(pid: u32) -> Option<Usage> {
-    let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in brackets may hold anything; behind it come numbers. 14 and 15 of all are utime and stime.
-    let numbers = stat.rsplit_once(')')?.1;
-    let ticks = |place: usize| numbers.split_whitespace().nth(place - 3)?.parse::<f64>().ok();
+    let stat = Stat::of(pid)?;
     let status = read_to_string(format!("/proc/{pid}/status")).ok()?;
     let bytes = |field: &str| {
         let kib = status.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB"));
@@ -29,7 +66,7 @@ pub fn usage(pid: u32) -> Option<Usage> {
         kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     Some(Usage {
-        cpu_seconds: (ticks(14)? + ticks(15)?) / TICKS_PER_SECOND,
+        cpu_seconds: stat.cpu_seconds(),
         rss_bytes: bytes("VmRSS:"),
         peak_rss_bytes: bytes("VmHWM:"),
     })
@@ -44,5 +81,14 @@ mod tests {
         let usage = usage(std::process::id()).expect("this process");
         assert!(usage.peak_rss_bytes >= usage.rss_bytes && usage.rss_bytes > 100_000, "{usage:?}");
         assert_eq!(super::usage(u32::MAX), None);
+    }
+
+    #[test]
+    fn the_time_of_children_counts_also_when_they_have_ended() {
+        let before = family_cpu_seconds(std::process::id());
+        let busy = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
+        assert!(std::process::Command::new("sh").args(["-c", busy]).status().expect("sh").success());
+        assert!(family_cpu_seconds(std::process::id()) > before);
+        assert_eq!(family_cpu_seconds(u32::MAX), 0.0);
     }
 }

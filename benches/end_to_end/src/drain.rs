@@ -5,7 +5,7 @@ use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::raw::{self, SHAPES, Shape};
 use crate::run::Sample;
-use crate::stand::{NAME, Place, Stand};
+use crate::stand::{Counted, NAME, Place, ServersCpu, Stand};
 use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::proxy::{led_to, target_of};
 use sqlx::{Executor, PgConnection};
@@ -33,6 +33,18 @@ pub struct Drained<'a> {
 struct Raw {
     rate: f64,
     cpu_per_100k: f64,
+    broker_cpu_per_100k: f64,
+}
+
+/// What a drain has taken.
+struct Done {
+    rate: f64,
+    /// Of all relays together, in seconds.
+    cpu: f64,
+    /// Of the largest relay.
+    peak_rss_bytes: u64,
+    servers: ServersCpu,
+    counted: Counted,
 }
 
 impl<'a> Drained<'a> {
@@ -74,40 +86,55 @@ impl<'a> Drained<'a> {
         Ok(Self { place, drain, open })
     }
 
-    /// One round: raw, then the relay.
-    pub async fn round(&self) -> Result<Sample> {
-        let raw = self.raw().await?;
+    /// One round: raw and the relay, by turns one of them first.
+    pub async fn round(&self, round: usize) -> Result<Sample> {
+        let (raw, drained) = if round % 2 == 1 {
+            let raw = self.raw().await?;
+            (raw, self.relay().await?)
+        } else {
+            let drained = self.relay().await?;
+            (self.raw().await?, drained)
+        };
+        let Done { rate, cpu, peak_rss_bytes, servers, counted } = drained;
+        let per_100k = 1e5 / self.drain.rows as f64;
+        Ok(vec![
+            ("ratio", "of raw", rate / raw.rate),
+            ("rate", "rows/s", rate),
+            ("raw rate", "messages/s", raw.rate),
+            ("CPU per 100 000 rows", "s", cpu * per_100k),
+            ("Postgres's CPU per 100 000", "s", servers.database * per_100k),
+            ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
+            ("raw CPU per 100 000", "s", raw.cpu_per_100k),
+            ("RabbitMQ's CPU per 100 000, raw", "s", raw.broker_cpu_per_100k),
+            ("peak RSS", "MiB", peak_rss_bytes as f64 / MIB),
+            ("WAL per row", "B", counted.wal_bytes() * per_100k / 1e5),
+            ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
+        ])
+    }
+
+    /// A backlog is made and drained.
+    async fn relay(&self) -> Result<Done> {
         self.fill().await?;
         let stand = self.place.stand;
         stand.fresh_queue(self.drain.queue).await?;
-        let before = self.place.counted().await?;
+        let (counted, servers) = (self.place.counted().await?, stand.cpu());
         let (seconds, relays) = self.drain().await?;
-        let counted = self.place.counted().await?.since(before);
-        let (mut cpu, mut rss) = (0.0, 0.0_f64);
+        let servers = stand.cpu().since(servers);
+        let counted = self.place.counted().await?.since(counted);
+        let (mut cpu, mut peak_rss_bytes) = (0.0, 0);
         for relay in relays {
             let usage = relay.usage()?;
             cpu += usage.cpu_seconds;
-            rss = rss.max(usage.peak_rss_bytes as f64 / MIB);
+            peak_rss_bytes = peak_rss_bytes.max(usage.peak_rss_bytes);
             relay.stop().await?;
         }
-        let rows = self.drain.rows as f64;
         let pending = self.place.number("select count(*) from outbox where delivered_at is null").await?;
         let received = stand.take_all().await?;
         ensure!(
             pending == 0 && received == self.drain.rows as u64,
             "{pending} rows pending, {received} messages received"
         );
-        let rate = rows / seconds;
-        Ok(vec![
-            ("ratio", "of raw", rate / raw.rate),
-            ("rate", "rows/s", rate),
-            ("raw rate", "messages/s", raw.rate),
-            ("CPU per 100 000 rows", "s", cpu / rows * 1e5),
-            ("raw CPU per 100 000", "s", raw.cpu_per_100k),
-            ("peak RSS", "MiB", rss),
-            ("WAL per row", "B", counted.wal_bytes() / rows),
-            ("statements per 1000 rows", "", counted.statements() / rows * 1e3),
-        ])
+        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_bytes, servers, counted })
     }
 
     /// Ends the place.
@@ -200,6 +227,7 @@ impl<'a> Drained<'a> {
         } else {
             self.further_away().await?
         };
+        let servers = stand.cpu();
         let output = Command::new(std::env::current_exe()?)
             .args(["raw", "--amqp-url", &url, "--exchange", NAME])
             .args(["--messages", &messages.to_string(), "--bytes", &self.drain.bytes.to_string()])
@@ -208,10 +236,15 @@ impl<'a> Drained<'a> {
             .output()
             .await?;
         ensure!(output.status.success(), "raw publisher: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let servers = stand.cpu().since(servers);
         let received = stand.take_all().await?;
         ensure!(received >= messages as u64, "{received} of {messages} raw messages received");
         let done: raw::Done = serde_json::from_slice(&output.stdout)?;
         let messages = received as f64;
-        Ok(Raw { rate: messages / done.seconds, cpu_per_100k: done.cpu_seconds / messages * 1e5 })
+        Ok(Raw {
+            rate: messages / done.seconds,
+            cpu_per_100k: done.cpu_seconds / messages * 1e5,
+            broker_cpu_per_100k: servers.broker / messages * 1e5,
+        })
     }
 }

@@ -73,7 +73,7 @@ async fn take(
         progress.tell(&format!("round {round} of {rounds}"));
         let name = format!("{}_{round}", measure.name);
         samples.push(match (measure.kind, &drained) {
-            (_, Some(drained)) => drained.round().await?,
+            (_, Some(drained)) => drained.round(round).await?,
             (kind, None) => take_other(stand, &name, kind, options.quick).await?,
         });
     }

@@ -9,6 +9,7 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
 use outbox_relay_chaos::servers::Servers;
+use outbox_relay_chaos::usage::family_cpu_seconds;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,10 +27,28 @@ const SETTINGS: &[&str] = &[
     "checkpoint_timeout = '1h'",
 ];
 
+/// Processor time of the servers, in seconds.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ServersCpu {
+    /// Of Postgres with all its connections.
+    pub database: f64,
+    /// Of RabbitMQ.
+    pub broker: f64,
+}
+
+impl ServersCpu {
+    /// From then to now.
+    pub fn since(self, then: Self) -> Self {
+        Self { database: self.database - then.database, broker: self.broker - then.broker }
+    }
+}
+
 /// The servers.
 #[derive(Debug)]
 pub struct Stand {
     servers: Servers,
+    /// Of database and broker.
+    pids: [u32; 2],
     /// The relay that is measured.
     pub relay: PathBuf,
     /// Where logs go.
@@ -48,7 +67,7 @@ impl Stand {
         let (script, services) = (script.to_owned(), dir.join("services"));
         let servers =
             tokio::task::spawn_blocking(move || Servers::start_durable(&script, &services)).await??;
-        let stand = Self { servers, relay: relay.to_owned(), dir: dir.to_owned() };
+        let mut stand = Self { servers, pids: [0; 2], relay: relay.to_owned(), dir: dir.to_owned() };
         let mut db = stand.superuser("postgres").await?;
         for setting in SETTINGS {
             db.execute(AssertSqlSafe(format!("alter system set {setting}"))).await?;
@@ -57,7 +76,19 @@ impl Stand {
         stand.servers.run(vec!["restart".to_owned(), "postgres".to_owned()]).await?;
         let mut db = stand.superuser("postgres").await?;
         db.execute("create extension if not exists pg_stat_statements").await?;
+        stand.pids = stand.server_pids().await?;
         Ok(stand)
+    }
+
+    /// As `scripts/services status` tells them: "postgres  running  127.0.0.1:PORT  pid PID".
+    async fn server_pids(&self) -> Result<[u32; 2]> {
+        let status = self.servers.run(vec!["status".to_owned()]).await?;
+        let pid = |server: &str| {
+            let line = status.lines().find(|line| line.starts_with(server))?;
+            line.rsplit_once("pid ")?.1.trim().parse::<u32>().ok()
+        };
+        let pids = pid("postgres").zip(pid("rabbitmq")).with_context(|| format!("no pids in: {status}"))?;
+        Ok(pids.into())
     }
 
     /// Their versions.
@@ -78,6 +109,12 @@ impl Stand {
         let place = Place { stand: self, database_url: format!("{url}/{database}"), database };
         place.migrate().await?;
         Ok(place)
+    }
+
+    /// Processor time of the servers up to now.
+    pub fn cpu(&self) -> ServersCpu {
+        let [database, broker] = self.pids.map(family_cpu_seconds);
+        ServersCpu { database, broker }
     }
 
     /// The URL of the broker.
