@@ -82,7 +82,7 @@ fn settling(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("settling");
     group.throughput(Throughput::Elements(ROWS as u64));
     group.bench_function("statements for 2000 rows", |bench| {
-        let form = |outcomes| bites(outcomes).iter().map(|bite| settlement(bite)).collect::<Vec<_>>();
+        let form = |outcomes| bites(outcomes, true).iter().map(|bite| settlement(bite)).collect::<Vec<_>>();
         bench.iter_batched(outcomes, form, BatchSize::LargeInput);
     });
     group.finish();

@@ -9,7 +9,7 @@ use crate::config::Settings;
 use crate::housekeeping;
 use crate::http;
 use crate::ownership::{self, Holdings, Keeper, Permit};
-use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle::Unwritten};
+use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle, settle::Unwritten};
 use crate::sink::Sink;
 use crate::store::{Lease, LeaseTable, Store};
 use crate::telemetry::{Board, Metrics, Pulses};
@@ -154,10 +154,10 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             stages.spawn(async { (worker.run().await, ("publish", Ok(()))).1 });
         }
         drop(outcomes);
+        let ends = settle::Ends { input: outcomes_in, output: settled, store: Arc::clone(&self.store) };
         let settle = Settle::new(
-            outcomes_in,
-            settled,
-            Arc::clone(&self.store),
+            ends,
+            &self.settings,
             cut.clone(),
             Arc::clone(&self.board),
             self.pulses.start("settle"),

@@ -408,7 +408,7 @@ impl<S: Store> Poll<S> {
             self.forget_what_is_settled();
         }
         let mut shares: Vec<Vec<Row>> = self.workers.iter().map(|_| Vec::new()).collect();
-        for row in rows.into_iter().filter(|row| !self.in_flight.contains_key(&row.id)) {
+        for row in rows {
             shares[worker_of(&row, self.limits.keep_order, self.prober())].push(row);
         }
         for (worker, rows) in shares.into_iter().enumerate() {
@@ -432,17 +432,20 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// Notes rows and hands them over.
-    async fn send(&mut self, rows: Vec<Row>, worker: usize) {
-        if rows.is_empty() {
-            return;
+    /// Notes rows and hands them over, but for those that are in flight.
+    async fn send(&mut self, mut rows: Vec<Row>, worker: usize) {
+        rows.retain(|row| self.note(row, worker));
+        if !rows.is_empty() {
+            self.show_in_flight();
+            hand_over(&self.workers[worker], Work::Publish(rows)).await;
         }
-        rows.iter().for_each(|row| self.note(row, worker));
-        self.show_in_flight();
-        hand_over(&self.workers[worker], Work::Publish(rows)).await;
     }
 
-    fn note(&mut self, row: &Row, worker: usize) {
+    /// Gives a row its place; false if it has one.
+    fn note(&mut self, row: &Row, worker: usize) -> bool {
+        if self.in_flight.contains_key(&row.id) {
+            return false;
+        }
         let watched = self.routes.watches(&row.route).then(|| Arc::clone(&row.route));
         self.last_read = self.last_read.max(row.id);
         self.known.add(row.id);
@@ -455,6 +458,7 @@ impl<S: Store> Poll<S> {
         self.shards.sent(row.lease);
         let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
         self.in_flight.insert(row.id, place);
+        true
     }
 
     /// The last worker takes probes only, so that a route without answers costs no other row its time. The

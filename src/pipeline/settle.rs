@@ -1,4 +1,4 @@
-//! The marking stage: gathers outcomes and commits them, each kind with one statement.
+//! The marking stage: gathers outcomes and commits them, many with one statement.
 //!
 //! Never cancelled: it ends when its input has ended and the last outcome is written. While the
 //! database is away it keeps what it has and tries on; its input fills up, places stay taken, and the
@@ -7,6 +7,7 @@
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
 use super::{End, Fate, Outcome, Settled, hand_over};
+use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting};
@@ -16,9 +17,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Outcomes written with one statement at most: enough to make a round trip cheap, little enough
+/// Outcomes written together at most: enough to make a round trip cheap, little enough
 /// to keep the transaction within milliseconds.
-const GATHER_ROWS: usize = 2000;
+const BITE_ROWS: usize = 2000;
 /// How long the first outcome waits for company. Marks follow confirms within this time, which bounds
 /// the duplicates of a crash; longer gathers save commits.
 const GATHER_TIME: Duration = Duration::from_millis(10);
@@ -34,11 +35,23 @@ pub struct Settle<S> {
     input: mpsc::Receiver<Vec<Outcome>>,
     output: mpsc::Sender<Vec<Settled>>,
     store: Arc<S>,
+    /// Delivered rows stay in the table, so marking them makes new versions of them.
+    keeps_delivered: bool,
     /// The grace period is over: a database that is away is waited for no longer.
     cut: CancellationToken,
     board: Arc<Board>,
     pulse: Pulse,
     metrics: Arc<Metrics>,
+}
+
+/// What settle is connected to.
+pub struct Ends<S> {
+    /// Outcomes of all workers.
+    pub input: mpsc::Receiver<Vec<Outcome>>,
+    /// Settled rows, for poll.
+    pub output: mpsc::Sender<Vec<Settled>>,
+    /// Where ends are written to.
+    pub store: Arc<S>,
 }
 
 /// What settle could not write before it had to go.
@@ -56,21 +69,22 @@ pub struct Unwritten {
 impl<S: Store> Settle<S> {
     /// A stage that ends when its input ends.
     pub fn new(
-        input: mpsc::Receiver<Vec<Outcome>>,
-        output: mpsc::Sender<Vec<Settled>>,
-        store: Arc<S>,
+        ends: Ends<S>,
+        settings: &Settings,
         cut: CancellationToken,
         board: Arc<Board>,
         pulse: Pulse,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { input, output, store, cut, board, pulse, metrics }
+        let Ends { input, output, store } = ends;
+        let keeps_delivered = !settings.retention.is_zero();
+        Self { input, output, store, keeps_delivered, cut, board, pulse, metrics }
     }
 
     /// Writes outcomes until there are no more.
     pub async fn run(mut self) -> Result<(), Unwritten> {
         while let Some(outcomes) = self.gather().await {
-            let mut bites = bites(outcomes).into_iter();
+            let mut bites = bites(outcomes, self.keeps_delivered).into_iter();
             while let Some(outcomes) = bites.next() {
                 let settlement = settlement(&outcomes);
                 let marked = match self.write(&settlement).await {
@@ -88,7 +102,7 @@ impl<S: Store> Settle<S> {
     async fn gather(&mut self) -> Option<Vec<Outcome>> {
         let mut outcomes = self.pulse.beat_during(self.input.recv()).await?;
         let deadline = tokio::time::Instant::now() + GATHER_TIME;
-        while outcomes.len() < GATHER_ROWS {
+        while outcomes.len() < BITE_ROWS {
             match tokio::time::timeout_at(deadline, self.input.recv()).await {
                 Ok(Some(more)) => outcomes.extend(more),
                 Ok(None) | Err(_) => break,
@@ -182,18 +196,22 @@ impl<S: Store> Settle<S> {
     }
 }
 
-/// What is written with one statement each. Rows that are neighbours in the table come apart: a page has room for the new
-/// versions of some of its rows, and when these are committed what was before them makes room for the others. Updates within
-/// a page take half the write-ahead log.
-pub fn bites(outcomes: Vec<Outcome>) -> Vec<Vec<Outcome>> {
-    if outcomes.len() < APART_FROM {
-        return vec![outcomes];
-    }
-    let mut bites: Vec<Vec<Outcome>> = (0..APART).map(|_| Vec::with_capacity(outcomes.len())).collect();
+/// What is written together. With `keeps_delivered`, rows that are neighbours in the table come apart: a page has room for the
+/// new versions of some of its rows, and when these are committed what was before them makes room for the others. Updates
+/// within a page take half the write-ahead log.
+pub fn bites(outcomes: Vec<Outcome>, keeps_delivered: bool) -> Vec<Vec<Outcome>> {
+    let apart = if keeps_delivered && outcomes.len() >= APART_FROM { APART } else { 1 };
+    let mut bites: Vec<Vec<Outcome>> = Vec::new();
+    // The one of each kind that is not full.
+    let mut open: Vec<Vec<Outcome>> = (0..apart).map(|_| Vec::new()).collect();
     for outcome in outcomes {
-        bites[outcome.id.rem_euclid(APART) as usize].push(outcome);
+        let bite = &mut open[outcome.id.rem_euclid(apart) as usize];
+        bite.push(outcome);
+        if bite.len() == BITE_ROWS {
+            bites.push(std::mem::take(bite));
+        }
     }
-    bites.retain(|bite| !bite.is_empty());
+    bites.extend(open.into_iter().filter(|bite| !bite.is_empty()));
     bites
 }
 
@@ -247,7 +265,7 @@ mod tests {
     #[test]
     fn neighbours_are_written_apart_and_none_is_left_out() {
         let many = APART_FROM as i64;
-        let bites = ids(&bites(outcomes(-3..many)));
+        let bites = ids(&bites(outcomes(-3..many), true));
         assert_eq!(bites.len(), APART as usize);
         let together = |bite: &Vec<i64>| bite.windows(2).any(|pair| pair[1] - pair[0] < APART);
         assert!(!bites.iter().any(together), "{bites:?}");
@@ -258,8 +276,18 @@ mod tests {
 
     #[test]
     fn few_rows_and_ids_with_gaps_are_written_at_once() {
-        assert_eq!(ids(&bites(outcomes(1..4))), [[1, 2, 3]]);
+        assert_eq!(ids(&bites(outcomes(1..4), true)), [[1, 2, 3]]);
+        assert_eq!(bites(outcomes(0..APART_FROM as i64), false).len(), 1, "nothing is kept");
         let even = (1..=APART_FROM as i64).map(|id| id * APART);
-        assert_eq!(bites(outcomes(even)).len(), 1, "no empty statement");
+        assert_eq!(bites(outcomes(even), true).len(), 1, "no empty statement");
+    }
+
+    #[test]
+    fn a_statement_is_bounded_however_many_come_at_once() {
+        for keeps_delivered in [true, false] {
+            let bites = ids(&bites(outcomes(0..5 * BITE_ROWS as i64 + 1), keeps_delivered));
+            assert!(bites.iter().all(|bite| (1..=BITE_ROWS).contains(&bite.len())));
+            assert_eq!(bites.concat().len(), 5 * BITE_ROWS + 1);
+        }
     }
 }

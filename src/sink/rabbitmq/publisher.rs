@@ -20,7 +20,7 @@ use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation};
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -111,6 +111,25 @@ impl Answers {
             && let Some(id) = outbox_id(&message)
         {
             self.returned.insert(id, message);
+        }
+    }
+
+    /// Takes whatever has come in; whether anything had. In passes, until one finds nothing: a return comes with any confirm
+    /// that was completed before its own, and that one may have been passed by before it was there.
+    fn take_all(&mut self, on_their_way: &mut VecDeque<OnItsWay<'_>>) -> bool {
+        let (mut nobody, at_first) = (Context::from_waker(Waker::noop()), on_their_way.len());
+        loop {
+            let before = on_their_way.len();
+            on_their_way.retain_mut(|(slot, answer)| match answer.poll_unpin(&mut nobody) {
+                Poll::Ready(answer) => {
+                    self.take(*slot, answer);
+                    false
+                }
+                Poll::Pending => true,
+            });
+            if on_their_way.len() == before {
+                return before < at_first;
+            }
         }
     }
 }
@@ -286,27 +305,22 @@ impl RabbitPublisher {
     async fn gather(
         &self,
         open: &Open,
-        on_their_way: Vec<OnItsWay<'_>>,
+        mut on_their_way: VecDeque<OnItsWay<'_>>,
         answers: &mut Answers,
         give_up: &CancellationToken,
     ) -> Ended {
-        let mut on_their_way = on_their_way.into_iter();
-        let Some((mut slot, mut answer)) = on_their_way.next() else { return Ended::Complete };
         let mut look = tokio::time::interval(LOOK);
         // After the process was frozen one look is made up for, not all: the answers may be there already.
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
-        loop {
+        while let Some((slot, answer)) = on_their_way.front_mut() {
             tokio::select! {
                 biased;
                 // 1. Answers first: a confirm that is in must never be given up.
-                it = &mut answer => {
-                    answers.take(slot, it);
+                it = answer => {
+                    answers.take(*slot, it);
+                    on_their_way.pop_front();
                     waited = Duration::ZERO;
-                    match on_their_way.next() {
-                        Some(next) => (slot, answer) = next,
-                        None => return Ended::Complete,
-                    }
                 }
                 // 2. The clock of the time-out; it stands still while the broker blocks us.
                 _ = look.tick() => {
@@ -317,17 +331,19 @@ impl RabbitPublisher {
                     }
                     let lost = lost_for > LOST_LIMIT || give_up.is_cancelled();
                     if lost || waited > self.confirm_timeout {
-                        // Whatever has come in meanwhile counts, its returns above all.
-                        for (slot, answer) in on_their_way {
-                            if let Some(answer) = answer.now_or_never() {
-                                answers.take(slot, answer);
-                            }
+                        // Others may have been answered meanwhile, which is a sign of life.
+                        let none = !answers.take_all(&mut on_their_way);
+                        match (on_their_way.is_empty(), lost) {
+                            (true, _) => return Ended::Complete,
+                            (false, true) => return Ended::Lost,
+                            (false, false) if none => return Ended::TimedOut,
+                            (false, false) => waited = Duration::ZERO,
                         }
-                        return if lost { Ended::Lost } else { Ended::TimedOut };
                     }
                 }
             }
         }
+        Ended::Complete
     }
 
     /// What the closing of the channel says of this message, remembered for the next batch.
@@ -390,9 +406,9 @@ fn hand_over<'a>(
     round: &Round<'a>,
     messages: &mut [Option<Message>],
     answers: &mut Answers,
-) -> Vec<OnItsWay<'a>> {
+) -> VecDeque<OnItsWay<'a>> {
     let mut nobody = Context::from_waker(Waker::noop());
-    let mut on_their_way = Vec::with_capacity(round.places.len());
+    let mut on_their_way = VecDeque::with_capacity(round.places.len());
     for (slot, (place, row)) in round.rows().enumerate() {
         // A row has one turn in one of the rounds.
         let Some(Message { exchange, routing_key, properties }) = messages[place].take() else { continue };
@@ -406,7 +422,7 @@ fn hand_over<'a>(
         let mut answer = async { publish.await?.await }.boxed();
         match answer.poll_unpin(&mut nobody) {
             Poll::Ready(answer) => answers.take(slot, answer),
-            Poll::Pending => on_their_way.push((slot, answer)),
+            Poll::Pending => on_their_way.push_back((slot, answer)),
         }
     }
     on_their_way
@@ -438,4 +454,33 @@ fn refused_by_queue(row: &Row) -> Refusal {
         row.route.routing_key
     );
     Refusal::new(Fault::Destination, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::future::{pending, poll_fn, ready};
+
+    /// The confirm with the return is there only after it was passed by: it counts all the same, or the message that was
+    /// returned would count as delivered by its own confirm.
+    #[test]
+    fn what_comes_in_while_answers_are_taken_counts() {
+        let mut asked = 0;
+        let late = poll_fn(move |_| {
+            asked += 1;
+            if asked > 2 { Poll::Ready(Ok(Confirmation::Nack(None))) } else { Poll::Pending }
+        });
+        let at_once = |_| ready(Ok(Confirmation::Ack(None))).boxed();
+        let mut on_their_way: VecDeque<OnItsWay<'_>> =
+            [(0, late.boxed()), (1, at_once(())), (2, pending().boxed()), (3, at_once(()))].into();
+        let by_slot = (0..4).map(|_| None).collect();
+        let mut answers = Answers { by_slot, ..Answers::default() };
+        // A look while it is not there, as that of the waiting worker.
+        assert!(on_their_way[0].1.poll_unpin(&mut Context::from_waker(Waker::noop())).is_pending());
+        assert!(answers.take_all(&mut on_their_way));
+        assert_eq!(on_their_way.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), [2]);
+        assert!(matches!(answers.by_slot[0], Some(Answer::Nack)));
+        assert!(matches!(answers.by_slot[1..], [Some(Answer::Ack), None, Some(Answer::Ack)]));
+        assert!(!answers.take_all(&mut on_their_way), "nothing more");
+    }
 }

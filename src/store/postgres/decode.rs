@@ -60,7 +60,7 @@ impl<'a> Decoder<'a> {
         let headers = required(wire, Column::Headers, &mut defects).to_owned();
         Ok(Row {
             id: integer(wire, Column::Id)?,
-            message_id: Uuid::from_slice(bytes(wire, Column::MessageId)).unwrap_or_default(),
+            message_id: uuid(wire, Column::MessageId)?,
             route,
             ordering_key,
             payload,
@@ -107,6 +107,11 @@ fn text<'r>(wire: &Wire<'r>, column: Column, defects: &mut Vec<String>) -> Optio
         ""
     });
     Some(text)
+}
+
+/// Not a defect: a row is marked by its `message_id` too, so without one it could never be.
+fn uuid(wire: &Wire<'_>, column: Column) -> Result<Uuid, String> {
+    Uuid::from_slice(bytes(wire, column)).map_err(|_| format!("column {} is not a uuid", name(column)))
 }
 
 /// `bigint`, `integer` and `timestamptz` are big-endian integers on the wire.
@@ -179,6 +184,8 @@ mod tests {
         );
         let error = decoded(|wire| wire[Column::Attempts as usize] = Some(&[1])).expect_err("an error");
         assert_eq!(error, "column attempts is not an integer");
+        let error = decoded(|wire| wire[Column::MessageId as usize] = None).expect_err("an error");
+        assert_eq!(error, "column message_id is not a uuid");
     }
 
     #[test]
