@@ -134,6 +134,15 @@ impl Answers {
     }
 }
 
+/// How the channel stands while its answers are waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    Open,
+    /// The broker takes nothing for now.
+    Blocked,
+    Lost,
+}
+
 /// How the waiting for a batch's confirms ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ended {
@@ -265,7 +274,12 @@ impl RabbitPublisher {
         let mut answers =
             Answers { by_slot: round.places.iter().map(|_| None).collect(), ..Answers::default() };
         let on_their_way = hand_over(open, round, messages, &mut answers);
-        let ended = self.gather(open, on_their_way, &mut answers, give_up).await;
+        let link = || match (open.channel.status().connected(), self.state.borrow().is_ready()) {
+            (false, _) => Link::Lost,
+            (true, true) => Link::Open,
+            (true, false) => Link::Blocked,
+        };
+        let ended = gather(on_their_way, &mut answers, self.confirm_timeout, link, give_up).await;
         if ended != Ended::Complete {
             self.abandon_channel();
         }
@@ -298,52 +312,6 @@ impl RabbitPublisher {
             }
             verdicts[place] = Some(verdict);
         }
-    }
-
-    /// Gathers answers until all are in or no more can be hoped for. One after the other, in the order of sending: all
-    /// are needed, so nobody is woken for one that came before its turn.
-    async fn gather(
-        &self,
-        open: &Open,
-        mut on_their_way: VecDeque<OnItsWay<'_>>,
-        answers: &mut Answers,
-        give_up: &CancellationToken,
-    ) -> Ended {
-        let mut look = tokio::time::interval(LOOK);
-        // After the process was frozen one look is made up for, not all: the answers may be there already.
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
-        while let Some((slot, answer)) = on_their_way.front_mut() {
-            tokio::select! {
-                biased;
-                // 1. Answers first: a confirm that is in must never be given up.
-                it = answer => {
-                    answers.take(*slot, it);
-                    on_their_way.pop_front();
-                    waited = Duration::ZERO;
-                }
-                // 2. The clock of the time-out; it stands still while the broker blocks us.
-                _ = look.tick() => {
-                    if !open.channel.status().connected() {
-                        lost_for += LOOK;
-                    } else if self.state.borrow().is_ready() {
-                        waited += LOOK;
-                    }
-                    let lost = lost_for > LOST_LIMIT || give_up.is_cancelled();
-                    if lost || waited > self.confirm_timeout {
-                        // Others may have been answered meanwhile, which is a sign of life.
-                        let none = !answers.take_all(&mut on_their_way);
-                        match (on_their_way.is_empty(), lost) {
-                            (true, _) => return Ended::Complete,
-                            (false, true) => return Ended::Lost,
-                            (false, false) if none => return Ended::TimedOut,
-                            (false, false) => waited = Duration::ZERO,
-                        }
-                    }
-                }
-            }
-        }
-        Ended::Complete
     }
 
     /// What the closing of the channel says of this message, remembered for the next batch.
@@ -397,6 +365,52 @@ impl Publisher for RabbitPublisher {
         let not_sent = || Err(Refusal::new(Fault::Outage, "not sent: the channel was lost"));
         verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(not_sent)).collect()
     }
+}
+
+/// Gathers answers until all are in or no more can be hoped for. One after the other, in the order of sending: all
+/// are needed, so nobody is woken for one that came before its turn. What came out of turn is looked for now and then.
+async fn gather(
+    mut on_their_way: VecDeque<OnItsWay<'_>>,
+    answers: &mut Answers,
+    confirm_timeout: Duration,
+    link: impl Fn() -> Link,
+    give_up: &CancellationToken,
+) -> Ended {
+    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+    // After the process was frozen one look is made up for, not all: the answers may be there already.
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
+    while let Some((slot, answer)) = on_their_way.front_mut() {
+        tokio::select! {
+            biased;
+            // 1. Answers first: a confirm that is in must never be given up.
+            it = answer => {
+                answers.take(*slot, it);
+                on_their_way.pop_front();
+                waited = Duration::ZERO;
+            }
+            // 2. The clock of the time-out: any answer is a sign of life, and it stands still while the broker blocks us.
+            _ = look.tick() => {
+                let some = answers.take_all(&mut on_their_way);
+                match link() {
+                    Link::Lost => lost_for += LOOK,
+                    Link::Open if some => waited = Duration::ZERO,
+                    Link::Open => waited += LOOK,
+                    Link::Blocked => {}
+                }
+                if on_their_way.is_empty() {
+                    break;
+                }
+                if lost_for > LOST_LIMIT || give_up.is_cancelled() {
+                    return Ended::Lost;
+                }
+                if waited > confirm_timeout {
+                    return Ended::TimedOut;
+                }
+            }
+        }
+    }
+    Ended::Complete
 }
 
 /// Hands the messages of a round over to the connection, in order. The first poll is what queues the frames, so messages
@@ -482,5 +496,60 @@ mod tests {
         assert!(matches!(answers.by_slot[0], Some(Answer::Nack)));
         assert!(matches!(answers.by_slot[1..], [Some(Answer::Ack), None, Some(Answer::Ack)]));
         assert!(!answers.take_all(&mut on_their_way), "nothing more");
+    }
+
+    fn round_of(
+        answers: Vec<BoxFuture<'static, lapin::Result<Confirmation>>>,
+    ) -> (VecDeque<OnItsWay<'static>>, Answers) {
+        let by_slot = answers.iter().map(|_| None).collect();
+        (answers.into_iter().enumerate().collect(), Answers { by_slot, ..Answers::default() })
+    }
+
+    /// Those behind it are answered at once: the time-out of the first begins there, not when it is looked at last.
+    #[tokio::test(start_paused = true)]
+    async fn one_silent_message_is_waited_for_no_longer_than_the_time_out() {
+        let soon = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            Ok(Confirmation::Ack(None))
+        };
+        let (on_their_way, mut answers) = round_of(vec![pending().boxed(), soon.boxed()]);
+        let (begun, timeout) = (tokio::time::Instant::now(), Duration::from_secs(30));
+        let ended =
+            gather(on_their_way, &mut answers, timeout, || Link::Open, &CancellationToken::new()).await;
+        assert_eq!(ended, Ended::TimedOut);
+        assert!(matches!(answers.by_slot[..], [None, Some(Answer::Ack)]));
+        let waited = begun.elapsed();
+        assert!(waited >= timeout && waited < timeout + Duration::from_secs(1), "{waited:?}");
+    }
+
+    /// A slow answer is an answer: each one begins the time-out anew, whatever its place in the batch.
+    #[tokio::test(start_paused = true)]
+    async fn answers_behind_a_late_one_are_a_sign_of_life() {
+        let after = |seconds| async move {
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            Ok(Confirmation::Ack(None))
+        };
+        let (on_their_way, mut answers) =
+            round_of([70, 20, 40, 60].map(|seconds| after(seconds).boxed()).into());
+        let timeout = Duration::from_secs(30);
+        let ended =
+            gather(on_their_way, &mut answers, timeout, || Link::Open, &CancellationToken::new()).await;
+        assert_eq!(ended, Ended::Complete);
+        assert!(answers.by_slot.iter().all(|answer| matches!(answer, Some(Answer::Ack))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_blocked_connection_is_no_silence_and_a_lost_one_is_given_up_soon() {
+        let gathered = async |link, give_up: &CancellationToken| {
+            let (on_their_way, mut answers) = round_of(vec![pending().boxed()]);
+            let timeout = Duration::from_secs(30);
+            let waiting = gather(on_their_way, &mut answers, timeout, || link, give_up);
+            tokio::time::timeout(Duration::from_secs(3600), waiting).await.ok()
+        };
+        let give_up = CancellationToken::new();
+        assert_eq!(gathered(Link::Blocked, &give_up).await, None);
+        assert_eq!(gathered(Link::Lost, &give_up).await, Some(Ended::Lost));
+        give_up.cancel();
+        assert_eq!(gathered(Link::Blocked, &give_up).await, Some(Ended::Lost));
     }
 }
