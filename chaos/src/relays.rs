@@ -28,6 +28,35 @@ pub const GRACE_SLACK: Duration = Duration::from_secs(5);
 const STOP_LIMIT: Duration = Duration::from_secs(60);
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
+/// Kills relays should this process end without having ended them, in whatever way.
+///
+/// It reads a file of process ids then, and leaves alone what has become another program meanwhile.
+#[derive(Debug)]
+pub struct Registry {
+    pids: PathBuf,
+    _undertaker: Undertaker,
+}
+
+impl Registry {
+    /// For relays that are `binary`; the file of ids lies in `dir`.
+    pub fn new(dir: &Path, binary: &Path) -> Result<Self> {
+        const KILL: &str = r#"while read -r pid; do
+            case $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") in "$2 run "*) kill -9 "$pid" ;; esac
+        done <"$1""#;
+        let pids = dir.join("relays.pids");
+        File::create(&pids).with_context(|| format!("cannot create {}", pids.display()))?;
+        let undertaker = Undertaker::new(KILL, &[&pids, binary])?;
+        Ok(Self { pids, _undertaker: undertaker })
+    }
+
+    /// To be called as soon as it has been started; its process id.
+    pub fn enter(&self, relay: &Child) -> Result<u32> {
+        let pid = relay.id().context("the relay ended at once")?;
+        writeln!(File::options().append(true).open(&self.pids)?, "{pid}")?;
+        Ok(pid)
+    }
+}
+
 /// All relays of a run.
 #[derive(Debug)]
 pub struct Fleet {
@@ -40,8 +69,7 @@ pub struct Fleet {
     processes: AtomicU64,
     stops: Ledger<Vec<Stop>>,
     exits: Ledger<Vec<Exit>>,
-    /// Kills what is left if this tool is killed; reads the pids from a file.
-    _undertaker: Undertaker,
+    registry: Registry,
 }
 
 /// One replica, running or not.
@@ -63,11 +91,6 @@ impl Slot {
 impl Fleet {
     /// A fleet of which nobody runs yet. `env` is the whole environment of a relay, without its HTTP address.
     pub fn new(binary: &Path, dir: &Path, env: BTreeMap<String, String>, clock: Clock) -> Result<Self> {
-        const KILL: &str = r#"while read -r pid; do
-            case $(tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") in "$2 run "*) kill -9 "$pid" ;; esac
-        done <"$1""#;
-        let pids = dir.join("relays.pids");
-        File::create(&pids)?;
         let slots =
             (1..=MOST).map(|number| Ok(Mutex::new(Slot { number, address: free_address()?, child: None })));
         Ok(Self {
@@ -79,7 +102,7 @@ impl Fleet {
             processes: AtomicU64::new(0),
             stops: Ledger::default(),
             exits: Ledger::default(),
-            _undertaker: Undertaker::new(KILL, &[&pids, binary])?,
+            registry: Registry::new(dir, binary)?,
         })
     }
 
@@ -136,8 +159,7 @@ impl Fleet {
             .kill_on_drop(true)
             .spawn()
             .with_context(|| format!("{} does not run", self.binary.display()))?;
-        let pid = child.id().context("the relay ended at once")?;
-        writeln!(File::options().append(true).open(self.dir.join("relays.pids"))?, "{pid}")?;
+        self.registry.enter(&child)?;
         slot.child = Some(child);
         self.processes.fetch_add(1, Relaxed);
         Ok(())

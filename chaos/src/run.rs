@@ -15,6 +15,7 @@ use crate::relays::Fleet;
 use crate::report::Report;
 use crate::schedule::{Event, PAUSE, schedule};
 use crate::servers::{Servers, may_mount};
+use crate::usage::memory_bytes;
 use crate::world::World;
 use crate::writer::{Writers, witness};
 use crate::{cli, sampler};
@@ -423,9 +424,7 @@ fn disk_mb(options: &Options) -> u64 {
 }
 
 fn free_memory_mb() -> u64 {
-    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let free = memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
-    free.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1000
+    memory_bytes("MemAvailable:").unwrap_or(0) / 1_000_000
 }
 
 /// What the relays are told beside their servers.

@@ -1,4 +1,4 @@
-//! What a process has cost: processor time and memory as the kernel counts them.
+//! What a process has cost, and what the machine has: as the kernel counts them.
 
 use std::fs::read_to_string;
 
@@ -14,6 +14,13 @@ pub struct Usage {
     pub rss_bytes: u64,
     /// The most resident memory there has been.
     pub peak_rss_bytes: u64,
+}
+
+impl Usage {
+    /// The most resident memory there has been, in MiB.
+    pub fn peak_rss_mib(&self) -> f64 {
+        self.peak_rss_bytes as f64 / 1_048_576.0
+    }
 }
 
 /// Numbers of `/proc/PID/stat` by their places in proc(5).
@@ -56,39 +63,68 @@ pub fn family_cpu_seconds(pid: u32) -> f64 {
     parent.cpu_seconds() + parent.ended_children_cpu_seconds() + running
 }
 
-/// `None` if there is no such process.
+/// `None` if there is no such process, or if it has ended: then it has no memory, whether it was waited for or not.
 pub fn usage(pid: u32) -> Option<Usage> {
     let stat = Stat::of(pid)?;
     let status = read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let bytes = |field: &str| {
-        let kib = status.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB"));
-        // A process that has ended and was not waited for has none.
-        kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
-    };
     Some(Usage {
         cpu_seconds: stat.cpu_seconds(),
-        rss_bytes: bytes("VmRSS:"),
-        peak_rss_bytes: bytes("VmHWM:"),
+        rss_bytes: bytes(&status, "VmRSS:")?,
+        peak_rss_bytes: bytes(&status, "VmHWM:")?,
     })
+}
+
+/// A field of `/proc/meminfo`, such as `MemTotal:`, in bytes.
+pub fn memory_bytes(field: &str) -> Option<u64> {
+    bytes(&read_to_string("/proc/meminfo").ok()?, field)
+}
+
+/// The value of a line "FIELD: N kB", which is the kernel's way to say KiB.
+fn bytes(lines: &str, field: &str) -> Option<u64> {
+    let kib = lines.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB"))?;
+    Some(kib.parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
+    use std::process::{Command, Stdio};
 
     #[test]
     fn this_process_has_some_and_no_process_has_none() {
         let usage = usage(std::process::id()).expect("this process");
         assert!(usage.peak_rss_bytes >= usage.rss_bytes && usage.rss_bytes > 100_000, "{usage:?}");
         assert_eq!(super::usage(u32::MAX), None);
+        assert!(memory_bytes("MemTotal:") > memory_bytes("MemAvailable:"));
+        assert_eq!(memory_bytes("Nothing:"), None);
+    }
+
+    /// Its entry stays until it is waited for; a bound on its memory must not be met by it.
+    #[test]
+    fn a_process_that_has_ended_has_none() {
+        let mut child = Command::new("true").stdin(Stdio::null()).spawn().expect("true");
+        let stat = || read_to_string(format!("/proc/{}/stat", child.id())).expect("not waited for yet");
+        while !stat().contains(") Z ") {
+            std::thread::yield_now();
+        }
+        assert_eq!(usage(child.id()), None);
+        assert!(child.wait().expect("its end").success());
     }
 
     #[test]
     fn the_time_of_children_counts_also_when_they_have_ended() {
-        let before = family_cpu_seconds(std::process::id());
-        let busy = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done";
-        assert!(std::process::Command::new("sh").args(["-c", busy]).status().expect("sh").success());
-        assert!(family_cpu_seconds(std::process::id()) > before);
+        // A parent that does next to nothing itself; its child was busy and has ended.
+        let family = "sh -c 'i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done'; echo done; read -r _";
+        let mut parent = Command::new("sh");
+        parent.args(["-c", family]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut parent = parent.spawn().expect("sh");
+        let mut said = [0; 4];
+        parent.stdout.take().expect("a pipe").read_exact(&mut said).expect("done");
+        let (own, all) = (usage(parent.id()).expect("it reads").cpu_seconds, family_cpu_seconds(parent.id()));
+        assert!(all > own + 0.05, "{own} s of its own, {all} s in all");
+        drop(parent.stdin.take());
+        assert!(!parent.wait().expect("its end").success(), "read has met the end");
         assert_eq!(family_cpu_seconds(u32::MAX), 0.0);
     }
 }

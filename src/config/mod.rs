@@ -149,6 +149,11 @@ impl ConfigError {
 }
 
 impl Settings {
+    /// Delivered rows are marked and stay for a while; if not, they are deleted at once.
+    pub fn keeps_delivered(&self) -> bool {
+        !self.retention.is_zero()
+    }
+
     /// Checks every setting on its own, then those that depend on each other.
     pub fn resolve(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Self {

@@ -77,7 +77,7 @@ impl<S: Store> Settle<S> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let Ends { input, output, store } = ends;
-        let keeps_delivered = !settings.retention.is_zero();
+        let keeps_delivered = settings.keeps_delivered();
         Self { input, output, store, keeps_delivered, cut, board, pulse, metrics }
     }
 

@@ -7,7 +7,6 @@ use sqlx::Connection;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
-const MIB: f64 = 1_048_576.0;
 /// After its start a relay has a few things to do once.
 const SETTLED: Duration = Duration::from_secs(5);
 
@@ -28,7 +27,7 @@ pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> 
         ("CPU", "%", (after.cpu_seconds - before.cpu_seconds) / seconds * 100.0),
         ("statements", "/s", counted.statements() / seconds),
         ("WAL", "B/s", counted.wal_bytes() / seconds),
-        ("peak RSS", "MiB", after.peak_rss_bytes as f64 / MIB),
+        ("peak RSS", "MiB", after.peak_rss_mib()),
     ])
 }
 

@@ -17,7 +17,6 @@ use tokio::process::Command;
 const RAW_MESSAGES: usize = 100_000;
 /// Between two looks at the relays. Each costs them a little.
 const LOOK: Duration = Duration::from_millis(20);
-const MIB: f64 = 1_048_576.0;
 /// A drain that stands still for so long has failed.
 const STUCK: Duration = Duration::from_secs(60);
 
@@ -42,7 +41,7 @@ struct Done {
     /// Of all relays together, in seconds.
     cpu: f64,
     /// Of the largest relay.
-    peak_rss_bytes: u64,
+    peak_rss_mib: f64,
     servers: ServersCpu,
     counted: Counted,
 }
@@ -95,7 +94,7 @@ impl<'a> Drained<'a> {
             let drained = self.relay().await?;
             (self.raw().await?, drained)
         };
-        let Done { rate, cpu, peak_rss_bytes, servers, counted } = drained;
+        let Done { rate, cpu, peak_rss_mib, servers, counted } = drained;
         let per_100k = 1e5 / self.drain.rows as f64;
         Ok(vec![
             ("ratio", "of raw", rate / raw.rate),
@@ -106,8 +105,8 @@ impl<'a> Drained<'a> {
             ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
             ("raw CPU per 100 000", "s", raw.cpu_per_100k),
             ("RabbitMQ's CPU per 100 000, raw", "s", raw.broker_cpu_per_100k),
-            ("peak RSS", "MiB", peak_rss_bytes as f64 / MIB),
-            ("WAL per row", "B", counted.wal_bytes() * per_100k / 1e5),
+            ("peak RSS", "MiB", peak_rss_mib),
+            ("WAL per row", "B", counted.wal_bytes() / self.drain.rows as f64),
             ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
         ])
     }
@@ -121,11 +120,11 @@ impl<'a> Drained<'a> {
         let (seconds, relays) = self.drain().await?;
         let servers = stand.cpu().since(servers);
         let counted = self.place.counted().await?.since(counted);
-        let (mut cpu, mut peak_rss_bytes) = (0.0, 0);
+        let (mut cpu, mut peak_rss_mib) = (0.0, 0.0_f64);
         for relay in relays {
             let usage = relay.usage()?;
             cpu += usage.cpu_seconds;
-            peak_rss_bytes = peak_rss_bytes.max(usage.peak_rss_bytes);
+            peak_rss_mib = peak_rss_mib.max(usage.peak_rss_mib());
             relay.stop().await?;
         }
         let pending = self.place.number("select count(*) from outbox where delivered_at is null").await?;
@@ -134,7 +133,7 @@ impl<'a> Drained<'a> {
             pending == 0 && received == self.drain.rows as u64,
             "{pending} rows pending, {received} messages received"
         );
-        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_bytes, servers, counted })
+        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted })
     }
 
     /// Ends the place.

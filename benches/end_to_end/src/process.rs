@@ -1,8 +1,7 @@
 //! A relay as a child process.
 
 use anyhow::{Context, Result, ensure};
-use outbox_relay_chaos::relays::get;
-use outbox_relay_chaos::servers::Undertaker;
+use outbox_relay_chaos::relays::{Registry, get};
 use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
@@ -11,17 +10,13 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 
-/// Ends a relay that is `$2`, should it still be the process `$1`.
-const KILL: &str =
-    r#"case $(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline") in "$2 run "*) kill -9 "$1" ;; esac"#;
 /// After this a relay that should be ready, or gone, has failed.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A relay under measurement; killed when dropped, or when this process ends in whatever way.
+/// A relay under measurement; killed when dropped.
 #[derive(Debug)]
 pub struct Relay {
     child: Child,
-    _undertaker: Undertaker,
     address: SocketAddr,
     /// When it was started.
     pub started: Instant,
@@ -29,7 +24,12 @@ pub struct Relay {
 
 impl Relay {
     /// Starts `relay run` with these settings and nothing else in its environment.
-    pub fn start(binary: &Path, settings: &BTreeMap<String, String>, log: &Path) -> Result<Self> {
+    pub fn start(
+        binary: &Path,
+        settings: &BTreeMap<String, String>,
+        log: &Path,
+        registry: &Registry,
+    ) -> Result<Self> {
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let log = std::fs::File::options().create(true).append(true).open(log)?;
         let mut command = Command::new(binary);
@@ -37,9 +37,8 @@ impl Relay {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
         let started = Instant::now();
         let child = command.spawn().with_context(|| format!("{} does not run", binary.display()))?;
-        let pid = child.id().context("just started")?.to_string();
-        let undertaker = Undertaker::new(KILL, &[Path::new(&pid), binary])?;
-        Ok(Self { child, _undertaker: undertaker, address, started })
+        registry.enter(&child)?;
+        Ok(Self { child, address, started })
     }
 
     /// Waits until it is ready and owns shards.

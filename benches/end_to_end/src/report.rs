@@ -7,6 +7,7 @@ use crate::run::Sample;
 use crate::stand::Stand;
 use crate::stats::Spread;
 use anyhow::{Context, Result};
+use outbox_relay_chaos::usage::memory_bytes;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::Path;
@@ -186,15 +187,12 @@ impl Report {
 
 impl Machine {
     fn this() -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let (cpus, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
+        let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let cpu = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-        let memory =
-            memory.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB"));
         Self {
             cpu: cpu.map_or("unknown", |(_, model)| model).to_owned(),
             cores: std::thread::available_parallelism().map_or(0, usize::from),
-            memory_mib: memory.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1024,
+            memory_mib: memory_bytes("MemTotal:").unwrap_or(0) / 1_048_576,
             kernel: said(&["uname", "-r"]),
         }
     }

@@ -8,6 +8,7 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
+use outbox_relay_chaos::relays::Registry;
 use outbox_relay_chaos::servers::Servers;
 use outbox_relay_chaos::usage::family_cpu_seconds;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
@@ -49,6 +50,8 @@ pub struct Stand {
     servers: Servers,
     /// Of database and broker.
     pids: [u32; 2],
+    /// Of the relays; they go with this process, however it ends.
+    relays: Registry,
     /// The relay that is measured.
     pub relay: PathBuf,
     /// Where logs go.
@@ -67,28 +70,17 @@ impl Stand {
         let (script, services) = (script.to_owned(), dir.join("services"));
         let servers =
             tokio::task::spawn_blocking(move || Servers::start_durable(&script, &services)).await??;
-        let mut stand = Self { servers, pids: [0; 2], relay: relay.to_owned(), dir: dir.to_owned() };
-        let mut db = stand.superuser("postgres").await?;
+        let mut db = superuser(&servers, "postgres").await?;
         for setting in SETTINGS {
             db.execute(AssertSqlSafe(format!("alter system set {setting}"))).await?;
         }
         drop(db);
-        stand.servers.run(vec!["restart".to_owned(), "postgres".to_owned()]).await?;
-        let mut db = stand.superuser("postgres").await?;
+        servers.run(vec!["restart".to_owned(), "postgres".to_owned()]).await?;
+        let mut db = superuser(&servers, "postgres").await?;
         db.execute("create extension if not exists pg_stat_statements").await?;
-        stand.pids = stand.server_pids().await?;
-        Ok(stand)
-    }
-
-    /// As `scripts/services status` tells them: "postgres  running  127.0.0.1:PORT  pid PID".
-    async fn server_pids(&self) -> Result<[u32; 2]> {
-        let status = self.servers.run(vec!["status".to_owned()]).await?;
-        let pid = |server: &str| {
-            let line = status.lines().find(|line| line.starts_with(server))?;
-            line.rsplit_once("pid ")?.1.trim().parse::<u32>().ok()
-        };
-        let pids = pid("postgres").zip(pid("rabbitmq")).with_context(|| format!("no pids in: {status}"))?;
-        Ok(pids.into())
+        let pids = server_pids(&servers).await?;
+        let relays = Registry::new(dir, relay)?;
+        Ok(Self { servers, pids, relays, relay: relay.to_owned(), dir: dir.to_owned() })
     }
 
     /// Their versions.
@@ -124,9 +116,7 @@ impl Stand {
 
     /// As superuser in that database.
     async fn superuser(&self, database: &str) -> Result<PgConnection> {
-        let url = self.servers.superuser_url.as_deref().context("servers of our own")?;
-        let (url, _) = url.rsplit_once('/').context("no database in the URL")?;
-        Ok(PgConnection::connect(&format!("{url}/{database}")).await?)
+        superuser(&self.servers, database).await
     }
 
     /// An empty queue of that type, bound to the exchange of all measures.
@@ -166,6 +156,23 @@ impl Stand {
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
     }
+}
+
+async fn superuser(servers: &Servers, database: &str) -> Result<PgConnection> {
+    let url = servers.superuser_url.as_deref().context("servers of our own")?;
+    let (url, _) = url.rsplit_once('/').context("no database in the URL")?;
+    Ok(PgConnection::connect(&format!("{url}/{database}")).await?)
+}
+
+/// As `scripts/services status` tells them: "postgres  running  127.0.0.1:PORT  pid PID".
+async fn server_pids(servers: &Servers) -> Result<[u32; 2]> {
+    let status = servers.run(vec!["status".to_owned()]).await?;
+    let pid = |server: &str| {
+        let line = status.lines().find(|line| line.starts_with(server))?;
+        line.rsplit_once("pid ")?.1.trim().parse::<u32>().ok()
+    };
+    let pids = pid("postgres").zip(pid("rabbitmq")).with_context(|| format!("no pids in: {status}"))?;
+    Ok(pids.into())
 }
 
 /// A database on the stand.
@@ -228,7 +235,8 @@ impl Place<'_> {
 
     /// Starts a relay here.
     pub fn relay(&self, more: &[(&str, &str)]) -> Result<Relay> {
-        Relay::start(&self.stand.relay, &self.settings(more), &self.stand.dir.join("relay.log"))
+        let Stand { relay, dir, relays, .. } = self.stand;
+        Relay::start(relay, &self.settings(more), &dir.join("relay.log"), relays)
     }
 
     /// A connection as the writers have it.

@@ -68,14 +68,10 @@ fn name(column: &str, text: &str) -> Result<ShortString, String> {
 }
 
 fn headers(row: &Row) -> Result<FieldTable, String> {
-    let mut table = match row.headers.as_str() {
-        // Most rows have none.
-        "{}" => FieldTable::default(),
-        text => match serde_json::from_str(text) {
-            Ok(Value::Object(fields)) => field_table(fields, 0)?,
-            Ok(other) => return Err(format!("headers are {}, expected a JSON object", kind(&other))),
-            Err(error) => return Err(format!("headers are not JSON: {error}")),
-        },
+    let mut table = match serde_json::from_str(&row.headers) {
+        Ok(Value::Object(fields)) => field_table(fields, 0)?,
+        Ok(other) => return Err(format!("headers are {}, expected a JSON object", kind(&other))),
+        Err(error) => return Err(format!("headers are not JSON: {error}")),
     };
     let mut ours = |name: &str, value| {
         table.insert(name.into(), value);

@@ -49,7 +49,7 @@ impl PostgresStore {
         Self {
             statements: Statements::new(&settings.table),
             default_exchange: settings.exchange.as_str().into(),
-            keep_delivered: !settings.retention.is_zero(),
+            keep_delivered: settings.keeps_delivered(),
             reading: Lane::new(Arc::clone(&table)),
             settling: Lane::new(Arc::clone(&table)),
             counting: Lane::new(Arc::clone(&table)),
