@@ -174,7 +174,15 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_POLL_INTERVAL",
         Some("100ms"),
         "DURATION",
-        "Longest sleep between reads when the table is quiet",
+        "Longest pause between looks for due rows when the table is quiet",
+    ),
+    setting(
+        FLOW,
+        "long_poll",
+        "OUTBOX_LONG_POLL",
+        Some("true"),
+        "BOOL",
+        "Let a quiet database watch for new rows by itself; they are read within milliseconds",
     ),
     setting(
         FLOW,

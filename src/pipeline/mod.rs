@@ -43,6 +43,7 @@ pub mod queue;
 pub mod routes;
 pub mod settle;
 pub mod shards;
+pub mod watching;
 
 pub use poll::Poll;
 pub use publish::Worker;

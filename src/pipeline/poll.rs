@@ -11,13 +11,14 @@ use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
+use super::watching::{WATCH_LASTS, Watching};
 use super::{Fate, Settled, Work, hand_over};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
 use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::sink::SinkState;
-use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble};
+use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble, Watch};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -65,6 +66,7 @@ pub struct Poll<S> {
     gaps: Gaps,
     last_sweep: Instant,
     sweeping: bool,
+    watching: Watching,
     routes: Routes,
     releasing: VecDeque<Arc<Route>>,
     /// Size of rows seen lately; keeps answers near what fits into the free bytes.
@@ -114,10 +116,19 @@ struct InFlight {
     watched: Option<Arc<Route>>,
 }
 
+/// How a watch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watched {
+    /// For a row that was not there before.
+    News,
+    /// For anything else, or for nothing.
+    Other,
+}
+
 /// What a turn of the loop found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
-    /// A full answer: more is there.
+    /// A full answer, or a part of the table was left out: more may be there.
     More,
     /// The next row is larger than what is free.
     TooLarge,
@@ -166,6 +177,7 @@ impl<S: Store> Poll<S> {
             gaps: Gaps::default(),
             last_sweep: Instant::now(),
             sweeping: false,
+            watching: Watching::new(settings.long_poll),
             routes: Routes::new(settings.retry_min, settings.retry_max),
             releasing: VecDeque::new(),
             row_bytes: FIRST_ROW_BYTES,
@@ -234,6 +246,15 @@ impl<S: Store> Poll<S> {
             }
             pause = pause.min(self.limits.poll_interval);
             self.rest(pause.max((begun.elapsed() * SHORT_READ_REST).min(SHORT_READ_REST_MAX))).await;
+            if found == Found::Nothing && self.watching.is_open() {
+                match self.watch(begun).await {
+                    // Reads that follow news in vain, as others write, come ever later.
+                    Ok(Watched::News) => {}
+                    Ok(Watched::Other) => pause = PAUSE_MIN,
+                    Err(error) if error.trouble == Trouble::Configuration => self.watching.refused(&error),
+                    Err(error) => self.recover(&error).await,
+                }
+            }
         }
     }
 
@@ -308,9 +329,14 @@ impl<S: Store> Poll<S> {
         self.in_flight.is_empty() || (rows >= self.limits.rows.div_ceil(4) && bytes >= self.limits.bytes / 4)
     }
 
-    /// Sleeps until the next read is due; settled rows and a stop are taken in meanwhile.
+    /// Sleeps until the next read is due, or until shards have come.
     async fn rest(&mut self, pause: Duration) {
-        let until = tokio::time::Instant::now() + pause;
+        self.attend_during(tokio::time::sleep(pause)).await;
+    }
+
+    /// Waits for something while settled rows and a stop are taken in; `None`: shards have come, which are to be read.
+    async fn attend_during<T>(&mut self, something: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(something);
         loop {
             tokio::select! {
                 biased;
@@ -323,13 +349,39 @@ impl<S: Store> Poll<S> {
                 Ok(()) = self.holdings.changed() => {
                     self.follow_ownership().await;
                     if self.shards.is_news(&self.leases()) {
-                        return;
+                        return None;
                     }
                 }
-                // 3. Time is up.
-                () = self.pulse.beat_during(tokio::time::sleep_until(until)) => return,
+                // 3. There it is.
+                it = self.pulse.beat_during(&mut something) => return Some(it),
             }
         }
+    }
+
+    /// Lets the database wait for rows to read, as long as nothing else is to be done.
+    async fn watch(&mut self, last_read_at: Instant) -> Result<Watched, StoreError> {
+        let poll_interval = self.limits.poll_interval;
+        // What is in flight may have to be followed by a probe, or by rows that are released.
+        let idle = self.in_flight.is_empty() && self.releasing.is_empty();
+        let lasts = if idle { WATCH_LASTS } else { poll_interval.min(WATCH_LASTS) };
+        let until_probe = self.routes.next_probe().map(|at| at.saturating_duration_since(Instant::now()));
+        self.watching.note(self.last_read);
+        let Unknown { ranges, exact: _ } = self.known.unknown(RANGES_MAX);
+        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let store = Arc::clone(&self.store);
+        let watch = Watch {
+            noticed: self.watching.noticed(),
+            ranges: &ranges,
+            in_flight: &in_flight,
+            first_poll: poll_interval.saturating_sub(last_read_at.elapsed()),
+            poll_interval,
+            lasts: lasts.min(until_probe.unwrap_or(lasts)),
+        };
+        let Some(seen) = self.attend_during(store.watch(watch)).await else { return Ok(Watched::Other) };
+        let id = seen?;
+        self.watching.answered();
+        let is_news = id.is_some_and(|id| self.watching.note(id));
+        Ok(if is_news { Watched::News } else { Watched::Other })
     }
 
     async fn recover(&mut self, error: &StoreError) {
@@ -349,6 +401,7 @@ impl<S: Store> Poll<S> {
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
         self.gaps = Gaps::default();
+        self.watching.forget();
     }
 
     async fn read(&mut self) -> Result<Found, StoreError> {
@@ -391,7 +444,8 @@ impl<S: Store> Poll<S> {
         let Read { mut rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
         self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
         self.delays = Delays::default();
-        if self.sweeping && !more {
+        let swept = self.sweeping && !more;
+        if swept {
             self.sweeping = false;
             self.last_sweep = Instant::now();
         }
@@ -400,6 +454,8 @@ impl<S: Store> Poll<S> {
         let found = match (more, rows.is_empty()) {
             (true, false) => Found::More,
             (true, true) => Found::TooLarge,
+            // It has not looked at what is new.
+            (false, true) if swept => Found::More,
             (false, false) => Found::Some,
             (false, true) => Found::Nothing,
         };

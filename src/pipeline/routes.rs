@@ -114,6 +114,12 @@ impl Routes {
         self.refusing.iter().filter(|(_, state)| state.parked()).map(|(route, _)| Arc::clone(route)).collect()
     }
 
+    /// When the next route is due for a probe, if none is on its way there.
+    pub fn next_probe(&self) -> Option<Instant> {
+        let waits = |state: &&Refusing| state.parked() && state.probing_since.is_none();
+        self.refusing.values().filter(waits).map(|state| state.next_probe).min()
+    }
+
     /// Takes a route that is due for a probe and notes that one is on its way.
     pub fn take_due_probe(&mut self, now: Instant) -> Option<Arc<Route>> {
         let due =

@@ -6,6 +6,7 @@
 use super::leases::{Lease, LeaseTable, Member, Standing};
 use super::{
     Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
+    Watch,
 };
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -196,6 +197,18 @@ impl Table {
             && earlier.into_iter().any(|other| other.refused() && other.row.ordering_key == row.ordering_key)
     }
 
+    /// What a watch would end for.
+    fn noticeable(&self, watch: &Watch<'_>, poll: bool) -> Option<i64> {
+        let pending = |(id, stored): (&i64, &Stored)| stored.pending().then_some(*id);
+        let news = self.rows.iter().rev().find_map(pending).filter(|id| *id > watch.noticed);
+        let due = |(id, stored): (&i64, &Stored)| {
+            let asked_for = watch.ranges.iter().any(|(first, last)| (first..=last).contains(&id))
+                && !watch.in_flight.contains(id);
+            (stored.pending() && asked_for && stored.available_at <= Instant::now()).then_some(*id)
+        };
+        news.or_else(|| self.rows.iter().filter(|_| poll).find_map(due))
+    }
+
     /// True if there was such a row.
     fn change(&mut self, id: i64, message_id: Uuid, change: impl FnOnce(&mut Stored)) -> bool {
         let wanted = |stored: &&mut Stored| stored.pending() && stored.row.message_id == message_id;
@@ -229,6 +242,24 @@ impl Store for MemoryStore {
         }
         read.more |= read.rows.len() >= ask.rows;
         Ok(read)
+    }
+
+    async fn watch(&self, watch: Watch<'_>) -> Result<Option<i64>, StoreError> {
+        let begun = Instant::now();
+        let mut poll_at = begun + watch.first_poll;
+        loop {
+            let now = Instant::now();
+            if let Some(id) = self.call()?.noticeable(&watch, now >= poll_at) {
+                return Ok(Some(id));
+            }
+            if now >= poll_at {
+                poll_at = now + watch.poll_interval;
+            }
+            if begun.elapsed() >= watch.lasts {
+                return Ok(None);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     async fn probe(

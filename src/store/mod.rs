@@ -130,6 +130,23 @@ impl Share<'_> {
     }
 }
 
+/// What is waited for, between two polls.
+#[derive(Debug, Clone, Copy)]
+pub struct Watch<'a> {
+    /// Highest id that was noticed so far: one above it ends the wait at once.
+    pub noticed: i64,
+    /// Id ranges that are not settled.
+    pub ranges: &'a [(i64, i64)],
+    /// Ids in them that are in flight.
+    pub in_flight: &'a [i64],
+    /// When due rows of the ranges are looked for first.
+    pub first_poll: Duration,
+    /// How often from then on.
+    pub poll_interval: Duration,
+    /// Longest wait.
+    pub lasts: Duration,
+}
+
 /// What a poll returns.
 #[derive(Debug, Default)]
 pub struct Read {
@@ -264,6 +281,10 @@ pub struct StoreError {
 pub trait Store: Send + Sync + 'static {
     /// Reads pending rows.
     fn poll(&self, ask: Ask<'_>) -> impl Future<Output = Result<Read, StoreError>> + Send;
+
+    /// Waits until a pending row is there that a poll might return: its id, or `None` if none came in time. A hint: the row
+    /// may be held back, not due or another replica's.
+    fn watch(&self, watch: Watch<'_>) -> impl Future<Output = Result<Option<i64>, StoreError>> + Send;
 
     /// The waiting row of a parked route that is or will be due first.
     fn probe(

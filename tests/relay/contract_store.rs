@@ -6,7 +6,7 @@ use outbox_relay::store::leases::{LeaseTable, Member};
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::postgres::Connector;
 use outbox_relay::store::{
-    Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
+    Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting, Watch,
 };
 use sqlx::Executor;
 use std::collections::{HashMap, HashSet};
@@ -131,6 +131,7 @@ async fn keeps_the_contract(subject: &impl Subject) {
     polls_what_it_is_asked_for(subject).await;
     a_refused_row_holds_back_its_key(subject).await;
     parks_probes_and_releases(subject).await;
+    watches_for_rows_that_may_be_read(subject).await;
     settles_all_kinds_and_twice(subject).await;
     counts_and_purges(subject).await;
     reads_only_its_share(subject).await;
@@ -217,6 +218,42 @@ async fn parks_probes_and_releases(subject: &impl Subject) {
     store.settle(&Settlement { delivered: sent(41..=45), ..Settlement::default() }).await.expect("settle");
 }
 
+async fn watches_for_rows_that_may_be_read(subject: &impl Subject) {
+    let store = subject.store();
+    let long = Duration::from_secs(600);
+    let watch = |noticed, lasts| Watch {
+        noticed,
+        ranges: &ALL,
+        in_flight: &[],
+        first_poll: long,
+        poll_interval: long,
+        lasts,
+    };
+    let at_once = Duration::ZERO;
+    let seen = async |watch| store.watch(watch).await.expect("watch");
+    assert_eq!(seen(watch(i64::MIN, at_once)).await, None, "nothing is pending");
+    // A row that comes while it is waited for.
+    let (row, ()) = tokio::join!(seen(watch(45, Duration::from_secs(10))), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        subject.insert(46, Some("w"), "r", 10).await;
+    });
+    assert_eq!(row, Some(46));
+    assert_eq!(seen(watch(45, at_once)).await, Some(46), "one that is there already");
+    assert_eq!(seen(watch(46, at_once)).await, None, "one that was noticed");
+    // Due rows are looked for in the ranges, now and then.
+    let poll = Watch { first_poll: Duration::ZERO, ..watch(46, at_once) };
+    assert_eq!(seen(poll).await, Some(46));
+    assert_eq!(seen(Watch { in_flight: &[46], ..poll }).await, None);
+    assert_eq!(seen(Watch { ranges: &[(i64::MIN, 45), (47, i64::MAX)], ..poll }).await, None);
+    assert_eq!(seen(Watch { ranges: &[], ..poll }).await, None);
+    store.settle(&waiting(46, Duration::from_millis(300))).await.expect("settle");
+    assert_eq!(seen(poll).await, None, "not due");
+    let again = Watch { poll_interval: Duration::from_millis(20), lasts: Duration::from_secs(10), ..poll };
+    assert_eq!(seen(again).await, Some(46), "due meanwhile");
+    store.settle(&Settlement { delivered: sent([46]), ..Settlement::default() }).await.expect("settle");
+    assert_eq!(seen(Watch { noticed: 45, ..poll }).await, None, "not pending");
+}
+
 async fn settles_all_kinds_and_twice(subject: &impl Subject) {
     let store = subject.store();
     for id in 51..=53 {
@@ -260,7 +297,7 @@ async fn counts_and_purges(subject: &impl Subject) {
             break;
         }
     }
-    assert_eq!(purged, 20 + 5 + 5 + 1, "all that was delivered, nothing else");
+    assert_eq!(purged, 20 + 5 + 5 + 1 + 1, "all that was delivered, nothing else");
     let census = store.census().await.expect("census");
     assert_eq!((census.pending, census.dead), (1, 1));
 }

@@ -29,6 +29,7 @@ mod no_phantom;
 mod one_owner;
 mod outages;
 mod poison;
+mod promptness;
 mod secrets;
 mod settings;
 mod tls;

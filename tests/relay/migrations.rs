@@ -14,7 +14,7 @@ async fn processes_that_migrate_at_once_do_no_harm() {
     for (code, out, err) in futures_util::future::join_all(runs).await {
         assert_eq!((code, out.as_str()), (0, "table outbox is up to date\n"), "{err}");
     }
-    assert_eq!(world.number("select count(*) from outbox_migrations").await, 2);
+    assert_eq!(world.number("select count(*) from outbox_migrations").await, 3);
     assert_eq!(world.number("select count(*) from pg_tables where tablename like '\\_sqlx%'").await, 0);
     world.abandon();
 }

@@ -13,9 +13,10 @@ use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
 use std::time::Duration;
 
 /// Every migration: version, description, text.
-const MIGRATIONS: [(i64, &str, &str); 2] = [
+const MIGRATIONS: [(i64, &str, &str); 3] = [
     (1, "outbox", include_str!("../../../migrations/0001_outbox.sql")),
     (2, "leases", include_str!("../../../migrations/0002_leases.sql")),
+    (3, "watch", include_str!("../../../migrations/0003_watch.sql")),
 ];
 
 /// Locks are waited for this long at most, so that a migration never queues the application

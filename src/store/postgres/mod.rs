@@ -19,6 +19,7 @@ pub use session::Connector;
 
 use super::{
     Ask, Bite, Census, Delivered, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError,
+    Watch,
 };
 use crate::config::Settings;
 use decode::Decoder;
@@ -79,6 +80,21 @@ impl PostgresStore {
             session.spoil();
         }
         Ok(read)
+    }
+
+    async fn run_watch(&self, session: &mut Session, watch: &Watch<'_>) -> Result<Option<i64>, sqlx::Error> {
+        let (first, last): (Vec<i64>, Vec<i64>) = watch.ranges.iter().copied().unzip();
+        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+        let query = session
+            .query(&self.statements.watch)
+            .bind(watch.noticed)
+            .bind(first)
+            .bind(last)
+            .bind(watch.in_flight)
+            .bind(ms(watch.first_poll))
+            .bind(ms(watch.poll_interval))
+            .bind(ms(watch.lasts));
+        query.fetch_one(session.connection()).await?.try_get("row_id")
     }
 
     async fn run_settle(&self, session: &mut Session, settlement: &Settlement) -> Result<u64, sqlx::Error> {
@@ -233,6 +249,11 @@ impl PostgresStore {
 impl Store for PostgresStore {
     async fn poll(&self, ask: Ask<'_>) -> Result<Read, StoreError> {
         self.reading.call(Unit::Statement, async |session| self.run_poll(session, &ask).await).await
+    }
+
+    async fn watch(&self, watch: Watch<'_>) -> Result<Option<i64>, StoreError> {
+        // It ends transactions itself.
+        self.reading.call(Unit::Script, async |session| self.run_watch(session, &watch).await).await
     }
 
     async fn probe(

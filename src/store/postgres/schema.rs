@@ -24,6 +24,8 @@ const COLUMNS: [(&str, &[&str]); 14] = [
 /// Suffixes of the tables of ownership.
 pub(super) const LEASE: &str = "_lease";
 pub(super) const REPLICA: &str = "_replica";
+/// Suffix of the procedure that waits for rows.
+pub(super) const WATCH: &str = "_watch";
 
 const TEXT: &[&str] = &["text", "character varying"];
 

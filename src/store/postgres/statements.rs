@@ -3,7 +3,7 @@
 //! The only place where SQL is put together at run time, and only from files of this crate, a table name that
 //! [`TableName`] has validated and quoted, and values whose types hold no text: numbers and uuids.
 
-use super::schema::{LEASE, REPLICA};
+use super::schema::{LEASE, REPLICA, WATCH};
 use crate::config::TableName;
 use crate::store::leases::{Lease, Member};
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
@@ -15,6 +15,7 @@ pub(super) struct Statements {
     pub probe: SqlStr,
     pub release: SqlStr,
     pub horizon: SqlStr,
+    pub watch: SqlStr,
     pub mark_delivered: SqlStr,
     pub delete_delivered: SqlStr,
     pub mark_waiting: SqlStr,
@@ -41,6 +42,7 @@ impl Statements {
             probe: prepare(include_str!("../sql/probe.sql")),
             release: prepare(include_str!("../sql/release.sql")),
             horizon: prepare(include_str!("../sql/horizon.sql")),
+            watch: prepare(include_str!("../sql/watch.sql")),
             mark_delivered: prepare(include_str!("../sql/mark_delivered.sql")),
             delete_delivered: prepare(include_str!("../sql/delete_delivered.sql")),
             mark_waiting: prepare(include_str!("../sql/mark_waiting.sql")),
@@ -85,4 +87,5 @@ fn name_tables(text: &str, table: &TableName) -> String {
         .replace("{lease_name}", &literal)
         .replace("{lease}", &lease)
         .replace("{replica}", &table.with_suffix(REPLICA))
+        .replace("{watch}", &table.with_suffix(WATCH))
 }

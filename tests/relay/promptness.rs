@@ -1,0 +1,99 @@
+//! A row does not wait for the relay to look: the database watches for it, and all works where it does not.
+
+use crate::support::World;
+use crate::support::world::{Allowed, resolve};
+use outbox_relay::store::postgres::Connector;
+use outbox_relay::store::{PostgresStore, Store, Watch};
+use std::time::Duration;
+
+const WRITE: &str = "insert into outbox (routing_key, payload) values ('ok.1', '{}')";
+
+/// One after the other is noticed, although the poll interval is longer than this test has time for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_row_does_not_wait_for_the_poll_interval() {
+    let world = World::new().await;
+    for pooling in ["false", "true"] {
+        let relay =
+            world.relay(&[("OUTBOX_POLL_INTERVAL", "1m"), ("OUTBOX_TRANSACTION_POOLING", pooling)]).await;
+        relay.ready().await;
+        for silence in [0, 300, 1500] {
+            tokio::time::sleep(Duration::from_millis(silence)).await;
+            world.sql(WRITE).await;
+            world.drained().await;
+        }
+        relay.stop().await.expect("clean stop");
+    }
+    world.finish(Allowed::default()).await;
+}
+
+/// Reads that sweep look at what was passed only, and these are all of them when the relay pauses for longer than that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sweep_keeps_no_new_row_waiting() {
+    let world = World::new().await;
+    let settings =
+        [("OUTBOX_POLL_INTERVAL", "1500ms"), ("OUTBOX_SWEEP_INTERVAL", "1s"), ("OUTBOX_LONG_POLL", "false")];
+    let relay = world.relay(&settings).await;
+    for silence in [0, 6] {
+        tokio::time::sleep(Duration::from_secs(silence)).await;
+        world.sql(WRITE).await;
+        world.drained().await;
+    }
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// A table that was migrated by an older relay, or whose procedure may not be called.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_the_database_cannot_watch_rows_are_polled() {
+    let world = World::new().await;
+    for (what, sql) in [
+        ("is not allowed to", "revoke execute on procedure outbox_watch from public, current_user"),
+        ("has no procedure", "drop procedure outbox_watch"),
+        ("has none, and is not asked", "select"),
+    ] {
+        world.sql(sql).await;
+        let long_poll = if sql == "select" { "false" } else { "true" };
+        let relay = world.relay(&[("OUTBOX_LONG_POLL", long_poll)]).await;
+        for rows in [1, 100] {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            world.write(rows, 10).await;
+            world.drained().await;
+        }
+        assert_eq!(relay.health().await.database.state, "up", "{what}");
+        relay.stop().await.expect("clean stop");
+    }
+    world.finish(Allowed::default()).await;
+}
+
+/// Nobody's DDL waits for a relay that waits, nor the vacuum that would shorten the table.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_holds_no_lock_while_it_rests() {
+    let world = World::new().await;
+    let settings = resolve(&world.pairs(&[]));
+    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
+    let store = PostgresStore::new(connector, &settings);
+    let long = Duration::from_secs(10);
+    let watch = Watch {
+        noticed: i64::MIN,
+        ranges: &[(i64::MIN, i64::MAX)],
+        in_flight: &[],
+        first_poll: long,
+        poll_interval: long,
+        lasts: long,
+    };
+    let meanwhile = async {
+        let watches = "select count(*) from pg_stat_activity
+                       where query like '%call \"outbox_watch\"%' and pid <> pg_backend_pid() and datname = current_database()";
+        world.until(watches, 1).await;
+        let locks =
+            "select count(*) from pg_locks where relation = 'outbox'::regclass and pid <> pg_backend_pid()
+                     and database = (select oid from pg_database where datname = current_database())";
+        world.until(locks, 0).await;
+        world.sql("set lock_timeout = '3s'; begin; lock table outbox; commit").await;
+        assert_eq!(world.number(watches).await, 1, "it goes on");
+        world.sql(WRITE).await;
+    };
+    let (seen, ()) = tokio::join!(store.watch(watch), meanwhile);
+    assert_eq!(seen.expect("watch"), Some(1));
+    world.abandon();
+}
