@@ -18,7 +18,7 @@ create or replace procedure {outbox:_watch}(
     lasts interval,
     inout row_id bigint default null)
 language plpgsql
-as $$
+as {body}
 declare
     look constant interval := least(interval '5 ms', poll_interval);
     over constant timestamptz := clock_timestamp() + lasts;
@@ -54,4 +54,4 @@ begin
         perform pg_sleep_for(greatest(look, least((clock_timestamp() - looked_at) * 20, interval '5 s')));
     end loop;
 end
-$$;
+{body};

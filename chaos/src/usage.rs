@@ -56,11 +56,16 @@ impl Stat {
 /// Processor time of a process and of all children it has or had, which are Postgres's connections; 0 if there is none.
 pub fn family_cpu_seconds(pid: u32) -> f64 {
     let Some(parent) = Stat::of(pid) else { return 0.0 };
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let children = pids.filter_map(Stat::of).filter(|stat| stat.parent() == pid);
+    let children = children(pid).into_iter().filter_map(Stat::of);
     let running: f64 = children.map(|stat| stat.cpu_seconds() + stat.ended_children_cpu_seconds()).sum();
     parent.cpu_seconds() + parent.ended_children_cpu_seconds() + running
+}
+
+/// Processes that it has started and that are there still.
+pub fn children(pid: u32) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|child| Stat::of(*child).is_some_and(|stat| stat.parent() == pid)).collect()
 }
 
 /// `None` if there is no such process, or if it has ended: then it has no memory, whether it was waited for or not.

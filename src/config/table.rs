@@ -76,10 +76,10 @@ fn quote(part: &str) -> String {
     format!("\"{}\"", part.replace('"', "\"\""))
 }
 
-/// A line break would end a comment of the migration that names the table, braces mark the places of our SQL texts where
-/// something is put in, and two dollar signs end the body of a procedure.
-fn fits_templates(name: &str) -> bool {
-    !name.contains(|letter: char| letter.is_control() || matches!(letter, '{' | '}')) && !name.contains("$$")
+/// A line break would end a comment of the migration that names the table, and braces mark the places of our SQL
+/// texts where something is put in.
+fn not_for_templates(letter: char) -> bool {
+    letter.is_control() || matches!(letter, '{' | '}')
 }
 
 /// Splits one identifier off the front of the text.
@@ -100,7 +100,7 @@ fn identifier(text: &str) -> Result<(String, &str), String> {
             (part.to_ascii_lowercase(), &text[end..])
         }
     };
-    if part.is_empty() || part.len() > IDENTIFIER_MAX || !fits_templates(&part) {
+    if part.is_empty() || part.len() > IDENTIFIER_MAX || part.contains(not_for_templates) {
         return Err(expected());
     }
     Ok((part, rest))
@@ -134,8 +134,6 @@ mod tests {
             "\"a\nb\"",
             "\"a\rb\"",
             "\"{index:_a}\"",
-            "\"a$$; drop table x\"",
-            "a$$b",
             &"x".repeat(60),
         ] {
             assert!(TableName::parse(text).is_err(), "accepted {text:?}");

@@ -3,7 +3,7 @@
 use crate::run::Sample;
 use crate::stand::{Place, Stand};
 use anyhow::Result;
-use sqlx::Connection;
+use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -17,19 +17,28 @@ pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> 
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
     tokio::time::sleep(SETTLED).await;
-    let (before, counted, begun) = (relay.usage()?, place.counted().await?, Instant::now());
+    let (before, servers, counted) = (relay.usage()?, stand.cpu(), place.counted().await?);
+    let begun = Instant::now();
     tokio::time::sleep(lasts).await;
-    let (after, counted) = (relay.usage()?, place.counted().await?.since(counted));
+    let (after, servers) = (relay.usage()?, stand.cpu().since(servers));
+    let counted = place.counted().await?.since(counted);
     let seconds = begun.elapsed().as_secs_f64();
     relay.stop().await?;
     place.leave().await?;
     Ok(vec![
         ("CPU", "%", (after.cpu_seconds - before.cpu_seconds) / seconds * 100.0),
+        ("Postgres's CPU", "%", servers.database / seconds * 100.0),
         ("statements", "/s", counted.statements() / seconds),
         ("WAL", "B/s", counted.wal_bytes() / seconds),
         ("peak RSS", "MiB", after.peak_rss_mib()),
     ])
 }
+
+/// What wakes other relays.
+const NOTIFY_PER_INSERT: &str = "
+    create function notify_rows() returns trigger language plpgsql as
+        $$ begin perform pg_notify('outbox_rows', ''); return null; end $$;
+    create trigger notify_rows after insert on outbox for each statement execute function notify_rows()";
 
 /// From the start of the process to ready, owning shards.
 pub async fn start(stand: &Stand, name: &str) -> Result<Sample> {
@@ -43,21 +52,32 @@ pub async fn start(stand: &Stand, name: &str) -> Result<Sample> {
     Ok(vec![("start to ready", "ms", took.as_secs_f64() * 1e3)])
 }
 
-/// Commits a second of so many connections that write a row each time, without a relay and beside one.
+/// Commits a second of so many connections that write a row each time: without a relay, beside one that lets the database
+/// watch, beside one that polls, and beside that with what others use to wake theirs.
 pub async fn writers(stand: &Stand, name: &str, connections: usize, lasts: Duration) -> Result<Sample> {
     let place = stand.place(name).await?;
     stand.fresh_queue("quorum").await?;
     let without = commits(&place, connections, lasts).await?;
-    place.sql("truncate outbox").await?;
-    let relay = place.relay(&[])?;
-    relay.until_ready().await?;
-    let beside = commits(&place, connections, lasts).await?;
-    relay.stop().await?;
+    let beside = async |long_poll| {
+        place.sql("truncate outbox").await?;
+        let relay = place.relay(&[("OUTBOX_LONG_POLL", long_poll)])?;
+        relay.until_ready().await?;
+        let commits = commits(&place, connections, lasts).await?;
+        relay.stop().await?;
+        anyhow::Ok(commits)
+    };
+    let (watched, polled) = (beside("true").await?, beside("false").await?);
+    place.sql(NOTIFY_PER_INSERT).await?;
+    let mut listener = place.db().await?;
+    listener.execute("listen outbox_rows").await?;
+    let notified = beside("false").await?;
+    drop(listener);
     place.leave().await?;
     Ok(vec![
-        ("commits beside a relay", "of those without", beside / without),
-        ("without a relay", "commits/s", without),
-        ("beside a relay", "commits/s", beside),
+        ("commits beside a relay", "of those without", watched / without),
+        ("without long polling", "of those without", polled / without),
+        ("with a NOTIFY per insert", "of those without", notified / without),
+        ("commits without a relay", "/s", without),
     ])
 }
 

@@ -5,7 +5,7 @@ use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::raw::{self, SHAPES, Shape};
 use crate::run::Sample;
-use crate::stand::{Counted, NAME, Place, ServersCpu, Stand};
+use crate::stand::{Cores, Counted, NAME, Place, ServersCpu, Stand};
 use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::proxy::{led_to, target_of};
 use sqlx::{Executor, PgConnection};
@@ -87,6 +87,16 @@ impl<'a> Drained<'a> {
 
     /// One round: raw and the relay, by turns one of them first.
     pub async fn round(&self, round: usize) -> Result<Sample> {
+        if self.drain.apart {
+            self.place.stand.share_cores(Cores::Apart).await?;
+            let sample = self.round_by_turns(round).await;
+            self.place.stand.share_cores(Cores::Shared).await?;
+            return sample;
+        }
+        self.round_by_turns(round).await
+    }
+
+    async fn round_by_turns(&self, round: usize) -> Result<Sample> {
         let (raw, drained) = if round % 2 == 1 {
             let raw = self.raw().await?;
             (raw, self.relay().await?)

@@ -37,7 +37,7 @@ pub enum Kind {
     Idle,
     /// From the start of the process to ready.
     Start,
-    /// The writers' commits a second, with and without a relay beside them.
+    /// The writers' commits a second, without a relay, beside one, and with what others use to wake theirs.
     Writers {
         /// Connections that write.
         connections: usize,
@@ -85,6 +85,8 @@ pub struct Drain {
     pub past: Past,
     /// The broker is further away, by this much for a way there and back.
     pub round_trip: Duration,
+    /// The broker has half of the cores for itself, everything else the other half: as on machines of their own.
+    pub apart: bool,
     /// Relays.
     pub replicas: usize,
     /// The raw publisher it is compared with, if not the best.
@@ -122,6 +124,7 @@ const USUAL: Drain = Drain {
     delete: false,
     past: Past::Fresh,
     round_trip: Duration::ZERO,
+    apart: false,
     replicas: 1,
     raw: None,
 };
@@ -177,6 +180,12 @@ pub const MEASURES: &[Measure] = &[
     measure("distant", Normal, Kind::Drain(Drain { round_trip: FIVE_MS, raw: Some(Shape { channels: 4, window: 500 }), ..USUAL }),
         &[("ratio", AtLeast(0.9))],
         "the broker 5 ms away, against raw at the same distance with the same number unconfirmed"),
+    measure("broker-apart", Normal, Kind::Drain(Drain { apart: true, ..USUAL }),
+        &[("ratio", AtLeast(0.95))],
+        "the broker on half of the cores, everything else on the others, as on machines of their own"),
+    measure("broker-apart-deleted", Normal, Kind::Drain(Drain { apart: true, delete: true, ..USUAL }),
+        &[("ratio", AtLeast(1.0))],
+        "the same, delivered rows are deleted"),
     measure("two-replicas", Normal, Kind::Drain(Drain { replicas: 2, ..USUAL }), &[], "two relays share the work"),
     measure("four-replicas", Normal, Kind::Drain(Drain { replicas: 4, ..USUAL }), &[], "four relays share the work"),
     measure("backlog", Long, Kind::Drain(Drain { rows: 5_000_000, ..USUAL }),
@@ -197,9 +206,9 @@ pub const MEASURES: &[Measure] = &[
         &[("CPU", AtMost(0.5)), ("statements", AtMost(15.0))],
         "nothing to do for a minute"),
     measure("start", Quick, Start, &[("start to ready", AtMost(300.0))], "start of the process to ready"),
-    measure("writers-1", Normal, Writers { connections: 1 }, &[], "one writing connection, with and without a relay"),
-    measure("writers-8", Normal, Writers { connections: 8 }, &[], "eight writing connections, with and without a relay"),
-    measure("writers-32", Normal, Writers { connections: 32 }, &[], "32 writing connections, with and without a relay"),
+    measure("writers-1", Normal, Writers { connections: 1 }, &[], "one writing connection: without a relay, beside one, and with a NOTIFY per insert"),
+    measure("writers-8", Normal, Writers { connections: 8 }, &[], "eight writing connections, the same"),
+    measure("writers-32", Normal, Writers { connections: 32 }, &[], "32 writing connections, the same"),
 ];
 
 /// A line for each.
@@ -210,7 +219,7 @@ pub fn list() -> String {
             Normal => "",
             Long => "long",
         };
-        format!("{:<18}{size:<7}{}", measure.name, measure.about)
+        format!("{:<22}{size:<7}{}", measure.name, measure.about)
     };
     MEASURES.iter().map(line).collect::<Vec<_>>().join("\n")
 }

@@ -133,7 +133,7 @@ struct Progress {
 impl Progress {
     fn tell(&self, what: &str) {
         if std::io::stdout().is_terminal() {
-            print!("\r\x1b[2K{:>3} of {}  {:<18} {what}", self.place + 1, self.of, self.name);
+            print!("\r\x1b[2K{:>3} of {}  {:<22} {what}", self.place + 1, self.of, self.name);
             let _ = std::io::stdout().flush();
         }
     }
@@ -141,7 +141,7 @@ impl Progress {
     fn done(&self) {
         let clear = if std::io::stdout().is_terminal() { "\r\x1b[2K" } else { "" };
         println!(
-            "{clear}{:>3} of {}  {:<18} {:.0} s",
+            "{clear}{:>3} of {}  {:<22} {:.0} s",
             self.place + 1,
             self.of,
             self.name,

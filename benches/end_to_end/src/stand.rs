@@ -10,7 +10,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
 use outbox_relay_chaos::relays::Registry;
 use outbox_relay_chaos::servers::Servers;
-use outbox_relay_chaos::usage::family_cpu_seconds;
+use outbox_relay_chaos::usage::{children, family_cpu_seconds};
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -44,12 +44,23 @@ impl ServersCpu {
     }
 }
 
+/// Who may use which cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cores {
+    /// All may use all.
+    Shared,
+    /// The broker half of them, everybody else the others.
+    Apart,
+}
+
 /// The servers.
 #[derive(Debug)]
 pub struct Stand {
     servers: Servers,
     /// Of database and broker.
     pids: [u32; 2],
+    /// Of the machine.
+    cores: usize,
     /// Of the relays; they go with this process, however it ends.
     relays: Registry,
     /// The relay that is measured.
@@ -80,7 +91,8 @@ impl Stand {
         db.execute("create extension if not exists pg_stat_statements").await?;
         let pids = server_pids(&servers).await?;
         let relays = Registry::new(dir, relay)?;
-        Ok(Self { servers, pids, relays, relay: relay.to_owned(), dir: dir.to_owned() })
+        let cores = std::thread::available_parallelism()?.get();
+        Ok(Self { servers, pids, cores, relays, relay: relay.to_owned(), dir: dir.to_owned() })
     }
 
     /// Their versions.
@@ -107,6 +119,30 @@ impl Stand {
     pub fn cpu(&self) -> ServersCpu {
         let [database, broker] = self.pids.map(family_cpu_seconds);
         ServersCpu { database, broker }
+    }
+
+    /// Divides the cores among the broker and all others, or gives them back. What this process starts is one of the others.
+    pub async fn share_cores(&self, cores: Cores) -> Result<()> {
+        let count = self.cores;
+        let (brokers, others) = match cores {
+            Cores::Shared => (0..count, 0..count),
+            Cores::Apart => (0..count / 2, count / 2..count),
+        };
+        ensure!(!brokers.is_empty(), "one core cannot be divided");
+        let [database, broker] = self.pids;
+        let mut pids = vec![(std::process::id(), &others), (database, &others), (broker, &brokers)];
+        pids.extend(children(database).into_iter().map(|pid| (pid, &others)));
+        for (pid, cores) in pids {
+            let list = format!("{}-{}", cores.start, cores.end - 1);
+            let mut taskset = Command::new("taskset");
+            taskset.args(["--all-tasks", "--cpu-list", "--pid", &list, &pid.to_string()]);
+            let output = taskset.stdin(Stdio::null()).output().await.context("taskset does not run")?;
+            // A connection of Postgres may have ended meanwhile.
+            let gone = !Path::new(&format!("/proc/{pid}")).exists();
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(output.status.success() || gone, "{}", said.trim());
+        }
+        Ok(())
     }
 
     /// The URL of the broker.

@@ -78,9 +78,18 @@ fn explain(error: &sqlx::migrate::MigrateError, table: &TableName) -> StoreError
 }
 
 fn render(text: &str, table: &TableName) -> String {
-    let text = text.replace("{outbox}", &table.quoted());
+    let text = text.replace("{outbox}", &table.quoted()).replace("{body}", &body_quote(table));
     let text = fill(text, "{outbox:", |suffix| table.with_suffix(suffix));
     fill(text, "{index:", |suffix| table.index(suffix))
+}
+
+/// What a procedure's body is quoted with: nothing that a name in it holds.
+fn body_quote(table: &TableName) -> String {
+    let mut quote = "$body$".to_owned();
+    while table.quoted().contains(&quote) {
+        quote.insert_str(1, "the_");
+    }
+    quote
 }
 
 /// Puts a name in place of every `{kind:_suffix}`.
