@@ -114,6 +114,9 @@ pub const CONFIGURATION_BACKOFF: Backoff =
 pub const CONTENTION_BACKOFF: Backoff =
     Backoff { min: Duration::from_millis(10), max: Duration::from_secs(1) };
 
+/// Watches that failed: what they lack is not there soon, and reads do without.
+pub const WATCH_BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: Duration::from_secs(60) };
+
 impl Backoff {
     /// Delays without end. backon's jitter adds up to the delay itself, so it is capped after.
     pub fn delays(self) -> impl Iterator<Item = Duration> + Send {

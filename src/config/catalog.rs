@@ -182,7 +182,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_LONG_POLL",
         Some("true"),
         "BOOL",
-        "Let a quiet database watch for new rows by itself; they are read within milliseconds",
+        "Let a quiet database watch for new rows by itself; they are noticed within 10 ms",
     ),
     setting(
         FLOW,

@@ -11,7 +11,7 @@ use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
-use super::watching::{WATCH_LASTS, Watching};
+use super::watching::{VAIN_PAUSE_MAX, WATCH_LASTS, Watching};
 use super::{Fate, Settled, Work, hand_over};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
@@ -121,8 +121,10 @@ struct InFlight {
 enum Watched {
     /// For a row that was not there before.
     News,
-    /// For anything else, or for nothing.
-    Other,
+    /// For another row that is due, or for shards that have come.
+    Due,
+    /// For nothing.
+    Silence,
 }
 
 /// What a turn of the loop found.
@@ -244,18 +246,50 @@ impl<S: Store> Poll<S> {
                 Found::Some => pause = PAUSE_MIN,
                 Found::Nothing => pause *= 2,
             }
-            pause = pause.min(self.limits.poll_interval);
+            pause = pause.min(self.longest_pause());
             self.rest(pause.max((begun.elapsed() * SHORT_READ_REST).min(SHORT_READ_REST_MAX))).await;
             if found == Found::Nothing && self.watching.is_open() {
-                match self.watch(begun).await {
-                    // Reads that follow news in vain, as others write, come ever later.
-                    Ok(Watched::News) => {}
-                    Ok(Watched::Other) => pause = PAUSE_MIN,
-                    Err(error) if error.trouble == Trouble::Configuration => self.watching.refused(&error),
-                    Err(error) => self.recover(&error).await,
-                }
+                pause = self.watch_on(begun, pause).await;
             }
         }
+    }
+
+    /// Longest pause between reads that find nothing.
+    fn longest_pause(&self) -> Duration {
+        let longest = self.limits.poll_interval;
+        if self.watching.is_open() { longest.min(VAIN_PAUSE_MAX) } else { longest }
+    }
+
+    /// Watches until there may be something to read; answers with how long to pause should it be in vain.
+    async fn watch_on(&mut self, last_read_at: Instant, pause: Duration) -> Duration {
+        loop {
+            match self.watch(last_read_at).await {
+                // Reads that follow news in vain, since others write, come ever later.
+                Ok(Watched::News) => return pause,
+                Ok(Watched::Silence) if self.may_read() && !self.must_read(last_read_at) => {}
+                Ok(Watched::Due | Watched::Silence) => return PAUSE_MIN,
+                Err(error) => {
+                    self.watching.failed(&error);
+                    return pause;
+                }
+            }
+            if let Err(error) = self.close_gaps().await {
+                self.recover(&error).await;
+                return PAUSE_MIN;
+            }
+        }
+    }
+
+    /// Whatever a watch has seen.
+    fn must_read(&self, last_read_at: Instant) -> bool {
+        let routes_wait = !self.releasing.is_empty() || self.routes.next_probe().is_some();
+        let sweep_is_due = self.sweeping || self.last_sweep.elapsed() >= self.limits.sweep_interval;
+        routes_wait || sweep_is_due || last_read_at.elapsed() >= self.limits.poll_interval
+    }
+
+    /// The broker takes messages, and some shard is ours.
+    fn may_read(&self) -> bool {
+        self.sink.borrow().is_ready() && !self.leases().is_empty()
     }
 
     /// One round of statements: what is due besides reading, then a read.
@@ -273,7 +307,7 @@ impl<S: Store> Poll<S> {
     async fn wait_until_reading_helps(&mut self) -> Result<(), RecvError> {
         loop {
             self.follow_ownership().await;
-            let may_read = self.sink.borrow().is_ready() && !self.leases().is_empty();
+            let may_read = self.may_read();
             if may_read && self.has_room() {
                 return Ok(());
             }
@@ -366,8 +400,8 @@ impl<S: Store> Poll<S> {
         let lasts = if idle { WATCH_LASTS } else { poll_interval.min(WATCH_LASTS) };
         let until_probe = self.routes.next_probe().map(|at| at.saturating_duration_since(Instant::now()));
         self.watching.note(self.last_read);
-        let Unknown { ranges, exact: _ } = self.known.unknown(RANGES_MAX);
-        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let Unknown { ranges, exact } = self.known.unknown(RANGES_MAX);
+        let in_flight = self.in_flight_unless(exact);
         let store = Arc::clone(&self.store);
         let watch = Watch {
             noticed: self.watching.noticed(),
@@ -377,11 +411,19 @@ impl<S: Store> Poll<S> {
             poll_interval,
             lasts: lasts.min(until_probe.unwrap_or(lasts)),
         };
-        let Some(seen) = self.attend_during(store.watch(watch)).await else { return Ok(Watched::Other) };
-        let id = seen?;
+        let Some(seen) = self.attend_during(store.watch(watch)).await else { return Ok(Watched::Due) };
+        let id = seen?.filter(|_| !mutant!("watch-sees-nothing"));
         self.watching.answered();
-        let is_news = id.is_some_and(|id| self.watching.note(id));
-        Ok(if is_news { Watched::News } else { Watched::Other })
+        Ok(match id.map(|id| self.watching.note(id)) {
+            Some(true) => Watched::News,
+            Some(false) => Watched::Due,
+            None => Watched::Silence,
+        })
+    }
+
+    /// Exact ranges leave out what is in flight; others need the list of it.
+    fn in_flight_unless(&self, exact: bool) -> Vec<i64> {
+        if exact { Vec::new() } else { self.in_flight.keys().copied().collect() }
     }
 
     async fn recover(&mut self, error: &StoreError) {
@@ -424,8 +466,7 @@ impl<S: Store> Poll<S> {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
         };
-        // Exact ranges leave out what is in flight; others need the list of it.
-        let in_flight: Vec<i64> = if exact { Vec::new() } else { self.in_flight.keys().copied().collect() };
+        let in_flight = self.in_flight_unless(exact);
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
         let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
         let ask = Ask {

@@ -148,9 +148,11 @@ mod tests {
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.parked(), [Arc::clone(&route)]);
         assert_eq!(routes.take_due_probe(now), None, "the first probe waits");
+        assert!(routes.next_probe().is_some_and(|at| at > now));
         let later = now + PROBE_MAX;
         assert_eq!(routes.take_due_probe(later), Some(Arc::clone(&route)));
         assert_eq!(routes.take_due_probe(later), None, "one probe at a time");
+        assert_eq!(routes.next_probe(), None);
         routes.refused(&route, false, later);
         assert_eq!(routes.take_due_probe(later + PROBE_MAX), None, "only its own end ends a probe");
         routes.refused(&route, true, later);

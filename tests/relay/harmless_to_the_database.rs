@@ -32,7 +32,8 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
     let mut transaction = other.begin().await.expect("begin");
     transaction.execute("set transaction isolation level repeatable read").await.expect("isolation");
     transaction.execute("select count(*) from outbox").await.expect("snapshot");
-    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
+    // Without long polling: the looks of the procedure would be counted too.
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", "false")]).await;
     world.write(30_000, 100).await;
     world.drained().await;
     // Reads of the pending index from here on: a handful a poll, not thirty thousand.
@@ -99,8 +100,17 @@ async fn no_transaction_is_open_while_the_broker_is_waited_for() {
 /// `lock table` for longer than our lock time-out: the statements give way and come again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_locked_table_is_waited_for_without_queueing_behind_it_for_long() {
+    locked_table_is_waited_for("false").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_it_is_behind_a_pooler() {
+    locked_table_is_waited_for("true").await;
+}
+
+async fn locked_table_is_waited_for(pooling: &str) {
     let world = World::new().await;
-    let relay = world.relay(&[]).await;
+    let relay = world.relay(&[("OUTBOX_TRANSACTION_POOLING", pooling)]).await;
     relay.ready().await;
     let mut other = world.db().await;
     let mut transaction = other.begin().await.expect("begin");

@@ -1,27 +1,68 @@
 //! A row does not wait for the relay to look: the database watches for it, and all works where it does not.
 
-use crate::support::World;
+use crate::support::process::RelayProcess;
 use crate::support::world::{Allowed, resolve};
+use crate::support::{World, eventually};
 use outbox_relay::store::postgres::Connector;
 use outbox_relay::store::{PostgresStore, Store, Watch};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const WRITE: &str = "insert into outbox (routing_key, payload) values ('ok.1', '{}')";
 
-/// One after the other is noticed, although the poll interval is longer than this test has time for.
+/// How long a row waits whose relay looks for it less and less often.
+const SILENCE: Duration = Duration::from_secs(20);
+/// Without a watch, reads would follow the one before after 2 ms, 4 ms and so on, twice as long each time: 16.4 s and 32.8 s
+/// after the first row, and not in between.
+const SOON: Duration = Duration::from_secs(6);
+
+/// It is noticed, although the poll interval is longer than this test has time for.
+async fn lone_row_is_noticed(pooling: &str) {
+    let world = World::new().await;
+    let relay = world.relay(&[("OUTBOX_POLL_INTERVAL", "1m"), ("OUTBOX_TRANSACTION_POOLING", pooling)]).await;
+    world.sql(WRITE).await;
+    world.drained().await;
+    tokio::time::sleep(SILENCE).await;
+    world.sql(WRITE).await;
+    let written = Instant::now();
+    world.drained().await;
+    assert!(written.elapsed() < SOON, "delivered {:?} after its commit", written.elapsed());
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_row_does_not_wait_for_the_poll_interval() {
+    lone_row_is_noticed("false").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_row_does_not_wait_behind_a_pooler_either() {
+    lone_row_is_noticed("true").await;
+}
+
+/// Rows of others are news too: reads in vain become rare, and the row that is ours is read all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn news_that_concern_others_do_not_make_an_idle_replica_busy() {
     let world = World::new().await;
-    for pooling in ["false", "true"] {
-        let relay =
-            world.relay(&[("OUTBOX_POLL_INTERVAL", "1m"), ("OUTBOX_TRANSACTION_POOLING", pooling)]).await;
-        relay.ready().await;
-        for silence in [0, 300, 1500] {
-            tokio::time::sleep(Duration::from_millis(silence)).await;
-            world.sql(WRITE).await;
-            world.drained().await;
-        }
-        relay.stop().await.expect("clean stop");
+    let relays = [world.process(&[]).await, world.process(&[]).await];
+    for relay in &relays {
+        eventually("it owns its half", async || relay.owned().await == Some(8)).await;
+    }
+    // One key, one owner; the other replica reads in vain.
+    let polls = async |relay: &RelayProcess| relay.metric("poll_duration_seconds_count").await;
+    let before = [polls(&relays[0]).await, polls(&relays[1]).await];
+    let begun = Instant::now();
+    for _ in 0..300 {
+        world.sql("insert into outbox (routing_key, ordering_key, payload) values ('ok.1', 'k', '{}')").await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    world.drained().await;
+    let seconds = begun.elapsed().as_secs_f64();
+    let reads = [polls(&relays[0]).await - before[0], polls(&relays[1]).await - before[1]];
+    let idle = reads[0].min(reads[1]);
+    assert!(idle < 20.0 * seconds, "{reads:?} reads in {seconds:.1} s");
+    for relay in relays {
+        assert!(relay.terminate().await.success());
     }
     world.finish(Allowed::default()).await;
 }

@@ -160,6 +160,12 @@ async fn check_finds_what_is_wrong_and_says_the_remedy() {
     let wrong_login = world.database_url.replace("outbox:outbox@", "outbox:wrong@");
     expect(&[("DATABASE_URL", &wrong_login)], "password authentication failed", "check DATABASE_URL").await;
 
+    world.sql("alter procedure outbox_watch rename to elsewhere").await;
+    expect(&[], "procedure for long polling", "migrate").await;
+    let (code, out, _) = check(&[("OUTBOX_LONG_POLL", "false")]).await;
+    assert_eq!(code, 0, "{out}");
+    world.sql("alter procedure elsewhere rename to outbox_watch").await;
+
     world.sql("alter table outbox alter column id set cache 50").await;
     expect(&[], "its cache is 50", "set cache 1").await;
     world.sql("alter table outbox alter column id set cache 1; drop index outbox_pending").await;

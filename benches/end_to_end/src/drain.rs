@@ -88,8 +88,11 @@ impl<'a> Drained<'a> {
     /// One round: raw and the relay, by turns one of them first.
     pub async fn round(&self, round: usize) -> Result<Sample> {
         if self.drain.apart {
-            self.place.stand.share_cores(Cores::Apart).await?;
-            let sample = self.round_by_turns(round).await;
+            let apart = self.place.stand.share_cores(Cores::Apart).await;
+            let sample = match apart {
+                Ok(()) => self.round_by_turns(round).await,
+                Err(error) => Err(error),
+            };
             self.place.stand.share_cores(Cores::Shared).await?;
             return sample;
         }

@@ -2,7 +2,7 @@
 //! and a clean place on them for each measure.
 
 use crate::process::Relay;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
@@ -133,14 +133,7 @@ impl Stand {
         let mut pids = vec![(std::process::id(), &others), (database, &others), (broker, &brokers)];
         pids.extend(children(database).into_iter().map(|pid| (pid, &others)));
         for (pid, cores) in pids {
-            let list = format!("{}-{}", cores.start, cores.end - 1);
-            let mut taskset = Command::new("taskset");
-            taskset.args(["--all-tasks", "--cpu-list", "--pid", &list, &pid.to_string()]);
-            let output = taskset.stdin(Stdio::null()).output().await.context("taskset does not run")?;
-            // A connection of Postgres may have ended meanwhile.
-            let gone = !Path::new(&format!("/proc/{pid}")).exists();
-            let said = String::from_utf8_lossy(&output.stderr);
-            ensure!(output.status.success() || gone, "{}", said.trim());
+            confine(pid, &format!("{}-{}", cores.start, cores.end - 1)).await?;
         }
         Ok(())
     }
@@ -192,6 +185,22 @@ impl Stand {
         let channel = connection.create_channel().await?;
         Ok((connection, channel))
     }
+}
+
+/// Binds a process with all its threads to some cores. Asked again when one of the threads has ended meanwhile.
+async fn confine(pid: u32, cores: &str) -> Result<()> {
+    const TRIES: usize = 20;
+    let mut said = String::new();
+    for _ in 0..TRIES {
+        let mut taskset = Command::new("taskset");
+        taskset.args(["--all-tasks", "--cpu-list", "--pid", cores, &pid.to_string()]);
+        let output = taskset.stdin(Stdio::null()).output().await.context("taskset does not run")?;
+        if output.status.success() || !Path::new(&format!("/proc/{pid}")).exists() {
+            return Ok(());
+        }
+        said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    }
+    bail!("process {pid} cannot be bound to cores {cores}: {said}")
 }
 
 async fn superuser(servers: &Servers, database: &str) -> Result<PgConnection> {

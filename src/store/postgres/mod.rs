@@ -82,21 +82,6 @@ impl PostgresStore {
         Ok(read)
     }
 
-    async fn run_watch(&self, session: &mut Session, watch: &Watch<'_>) -> Result<Option<i64>, sqlx::Error> {
-        let (first, last): (Vec<i64>, Vec<i64>) = watch.ranges.iter().copied().unzip();
-        let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-        let query = session
-            .query(&self.statements.watch)
-            .bind(watch.noticed)
-            .bind(first)
-            .bind(last)
-            .bind(watch.in_flight)
-            .bind(ms(watch.first_poll))
-            .bind(ms(watch.poll_interval))
-            .bind(ms(watch.lasts));
-        query.fetch_one(session.connection()).await?.try_get("row_id")
-    }
-
     async fn run_settle(&self, session: &mut Session, settlement: &Settlement) -> Result<u64, sqlx::Error> {
         let mut marked = 0;
         if !settlement.delivered.is_empty() {
@@ -252,8 +237,11 @@ impl Store for PostgresStore {
     }
 
     async fn watch(&self, watch: Watch<'_>) -> Result<Option<i64>, StoreError> {
-        // It ends transactions itself.
-        self.reading.call(Unit::Script, async |session| self.run_watch(session, &watch).await).await
+        let script = self.statements.watch(&watch);
+        let run = async |session: &mut Session| {
+            sqlx::raw_sql(script).fetch_one(session.connection()).await?.try_get("row_id")
+        };
+        self.reading.call(Unit::Script, run).await
     }
 
     async fn probe(

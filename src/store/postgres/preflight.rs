@@ -1,7 +1,7 @@
 //! What `check` looks at in the database.
 
 use super::error::classify;
-use super::schema::{LEASE, REPLICA, Shape};
+use super::schema::{LEASE, REPLICA, Shape, WATCH};
 use super::session::{CALL_LIMIT, Connector, within};
 use crate::config::{Settings, TableName};
 use crate::preflight::Finding;
@@ -21,14 +21,15 @@ pub async fn check(settings: &Settings) -> Vec<Finding> {
         }
     };
     let mut findings = vec![Finding::new(connected, Ok(()))];
-    match within(CALL_LIMIT, table(&mut connection, &settings.table)).await {
+    match within(CALL_LIMIT, table(&mut connection, settings)).await {
         Ok(more) => findings.extend(more),
         Err(error) => findings.push(Finding::new(format!("table {}", settings.table), Err(error.sentence))),
     }
     findings
 }
 
-async fn table(connection: &mut PgConnection, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> {
+async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
+    let table = &settings.table;
     let shape = Shape::read(connection, table).await?;
     let standby = "this is a read-only standby; name the primary in DATABASE_URL".to_owned();
     let faults = shape.faults(table);
@@ -41,8 +42,9 @@ async fn table(connection: &mut PgConnection, table: &TableName) -> Result<Vec<F
     ];
     if shape.present {
         let query = sqlx::query(include_str!("../sql/preflight.sql")).persistent(false);
-        match query.bind(table.quoted()).bind(ownership(table).to_vec()).fetch_one(connection).await {
-            Ok(row) => findings.extend(details(&row, table)?),
+        let query = query.bind(table.quoted()).bind(ownership(table).to_vec()).bind(table.with_suffix(WATCH));
+        match query.fetch_one(connection).await {
+            Ok(row) => findings.extend(details(&row, table, settings.long_poll)?),
             // A table of another make may not even have the columns that are asked about.
             Err(error) => findings.push(Finding::new("indexes and grants", Err(classify(&error).sentence))),
         }
@@ -55,9 +57,9 @@ fn ownership(table: &TableName) -> [String; 2] {
     [table.with_suffix(LEASE), table.with_suffix(REPLICA)]
 }
 
-fn details(row: &PgRow, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> {
+fn details(row: &PgRow, table: &TableName, long_poll: bool) -> Result<Vec<Finding>, sqlx::Error> {
     let (login, cache): (String, i64) = (row.try_get("login")?, row.try_get("sequence_cache")?);
-    let owners = ownership(table).join(", ");
+    let (owners, watch) = (ownership(table).join(", "), table.with_suffix(WATCH));
     let table = table.quoted();
     let cached = format!(
         "its cache is {cache}, so ids do not follow commits; run: alter table {table} alter column id set cache 1"
@@ -88,5 +90,12 @@ fn details(row: &PgRow, table: &TableName) -> Result<Vec<Finding>, sqlx::Error> 
         "grants for ownership",
         row.try_get::<bool, _>("may_own")?.then_some(()).ok_or(missing),
     ));
+    if long_poll {
+        let missing = format!(
+            "it is missing or may not be called, so rows are polled; run `outbox-relay migrate`, or as its owner: grant execute on procedure {watch} to \"{login}\""
+        );
+        let may = row.try_get::<bool, _>("may_watch")?;
+        findings.push(Finding::new("procedure for long polling", may.then_some(()).ok_or(missing)));
+    }
     Ok(findings)
 }

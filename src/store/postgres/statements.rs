@@ -5,6 +5,7 @@
 
 use super::schema::{LEASE, REPLICA, WATCH};
 use crate::config::TableName;
+use crate::store::Watch;
 use crate::store::leases::{Lease, Member};
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 use std::time::Duration;
@@ -15,7 +16,6 @@ pub(super) struct Statements {
     pub probe: SqlStr,
     pub release: SqlStr,
     pub horizon: SqlStr,
-    pub watch: SqlStr,
     pub mark_delivered: SqlStr,
     pub delete_delivered: SqlStr,
     pub mark_waiting: SqlStr,
@@ -25,6 +25,7 @@ pub(super) struct Statements {
     pub look_at_leases: SqlStr,
     pub leave_leases: SqlStr,
     renew_leases: String,
+    watch: String,
 }
 
 impl Statements {
@@ -42,7 +43,6 @@ impl Statements {
             probe: prepare(include_str!("../sql/probe.sql")),
             release: prepare(include_str!("../sql/release.sql")),
             horizon: prepare(include_str!("../sql/horizon.sql")),
-            watch: prepare(include_str!("../sql/watch.sql")),
             mark_delivered: prepare(include_str!("../sql/mark_delivered.sql")),
             delete_delivered: prepare(include_str!("../sql/delete_delivered.sql")),
             mark_waiting: prepare(include_str!("../sql/mark_waiting.sql")),
@@ -52,27 +52,51 @@ impl Statements {
             look_at_leases: parameters(include_str!("../sql/look_at_leases.sql")),
             leave_leases: parameters(include_str!("../sql/leave_leases.sql")),
             renew_leases: name_tables(&renew, table),
+            watch: name_tables(include_str!("../sql/watch.sql"), table),
         }
+    }
+
+    /// The call that waits, as a text of its own: see there.
+    pub(super) fn watch(&self, watch: &Watch<'_>) -> SqlStr {
+        let ms = |time: Duration| time.as_millis().to_string();
+        let values = [
+            ("{noticed}", watch.noticed.to_string()),
+            ("{first_ids}", bigints(watch.ranges.iter().map(|(first, _)| *first))),
+            ("{last_ids}", bigints(watch.ranges.iter().map(|(_, last)| *last))),
+            ("{in_flight}", bigints(watch.in_flight.iter().copied())),
+            ("{first_poll_ms}", ms(watch.first_poll)),
+            ("{poll_interval_ms}", ms(watch.poll_interval)),
+            ("{lasts_ms}", ms(watch.lasts)),
+        ];
+        fill(&self.watch, values)
     }
 
     /// The whole renewal as one text: a text of several statements takes no parameters.
     pub(super) fn renew_leases(&self, member: Member, drained: &[Lease], limit: Duration) -> SqlStr {
         let Member { replica, shards, ready, lease_time } = member;
-        let list = |number: fn(&Lease) -> i64| {
-            drained.iter().map(|lease| number(lease).to_string()).collect::<Vec<_>>().join(",")
-        };
         let values = [
             ("{me}", format!("'{replica}'::uuid")),
             ("{shards}", shards.to_string()),
             ("{ready}", ready.to_string()),
             ("{lease_ms}", lease_time.as_millis().to_string()),
-            ("{drained_shards}", format!("'{{{}}}'::int[]", list(|lease| i64::from(lease.shard)))),
-            ("{drained_epochs}", format!("'{{{}}}'::bigint[]", list(|lease| lease.epoch))),
+            ("{drained_shards}", bigints(drained.iter().map(|lease| i64::from(lease.shard)))),
+            ("{drained_epochs}", bigints(drained.iter().map(|lease| lease.epoch))),
             ("{limit_ms}", limit.as_millis().to_string()),
         ];
-        let fill = |text: String, (name, value): (&str, String)| text.replace(name, &value);
-        AssertSqlSafe(values.into_iter().fold(self.renew_leases.clone(), fill)).into_sql_str()
+        fill(&self.renew_leases, values)
     }
+}
+
+/// Numbers as a literal.
+fn bigints(numbers: impl Iterator<Item = i64>) -> String {
+    let list = numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(",");
+    format!("'{{{list}}}'::bigint[]")
+}
+
+/// Puts values, which hold no text, in the places of their names.
+fn fill<const N: usize>(text: &str, values: [(&str, String); N]) -> SqlStr {
+    let fill = |text: String, (name, value): (&str, String)| text.replace(name, &value);
+    AssertSqlSafe(values.into_iter().fold(text.to_owned(), fill)).into_sql_str()
 }
 
 /// Puts shared parts and names of tables in.

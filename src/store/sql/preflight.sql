@@ -1,5 +1,5 @@
 -- Everything `check` wants to know of an existing table.
--- $1 the table, quoted    $2 the tables of ownership, quoted
+-- $1 the table, quoted    $2 the tables of ownership, quoted    $3 the procedure that watches, quoted
 select
     current_user::text as login,
     coalesce((
@@ -21,6 +21,7 @@ select
         where i.indrelid = to_regclass($1) and i.indisvalid and i.indpred is not null
           and pg_get_indexdef(i.indexrelid) ~ '\(id\) WHERE'
           and pg_get_expr(i.indpred, i.indrelid) ~ 'dead_at IS NOT NULL') as dead_index,
+    coalesce(has_function_privilege(to_regproc($3)::oid, 'execute'), false) as may_watch,
     has_table_privilege($1, 'select') as may_select,
     has_table_privilege($1, 'update') as may_update,
     has_table_privilege($1, 'delete') as may_delete,

@@ -1,6 +1,6 @@
--- Waits for a row that may be read. The procedure is in migrations/0003_watch.sql.
--- $1 highest id noticed    $2, $3 first and last id of each range    $4 ids in flight
--- $5 first poll after, $6 poll interval, $7 longest wait, in ms
+-- Waits for a row that may be read. The procedure is in migrations/0003_watch.sql. It ends transactions, so nothing may be
+-- in this text besides the call, and it has no parameters: behind a pooler, what prepares a statement and what
+-- executes it may be different sessions, unless a transaction holds them together.
 call {watch}(
-    $1, $2::bigint[], $3::bigint[], $4::bigint[],
-    $5::float8 * interval '1 ms', $6::float8 * interval '1 ms', $7::float8 * interval '1 ms', null)
+    '{noticed}'::bigint, {first_ids}, {last_ids}, {in_flight},
+    interval '{first_poll_ms} ms', interval '{poll_interval_ms} ms', interval '{lasts_ms} ms', null)
