@@ -43,7 +43,6 @@ pub mod queue;
 pub mod routes;
 pub mod settle;
 pub mod shards;
-pub mod watching;
 
 pub use poll::Poll;
 pub use publish::Worker;

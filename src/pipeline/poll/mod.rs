@@ -6,19 +6,20 @@
 //!
 //! It reads only while the broker takes messages: an outage fills no memory.
 
+mod watching;
+
 use super::gaps::{Gaps, HORIZON_IDS};
 use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
-use super::watching::{VAIN_PAUSE_MAX, WATCH_LASTS, Watching};
 use super::{Fate, Settled, Work, hand_over};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
 use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::sink::SinkState;
-use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble, Watch};
+use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use watching::{VAIN_PAUSE_MAX, Watching};
 
 /// Ranges in one statement at most; each costs an index descent.
 const RANGES_MAX: usize = 64;
@@ -114,17 +116,6 @@ struct InFlight {
     probe: bool,
     /// Set for rows whose success is news: their route has refused lately.
     watched: Option<Arc<Route>>,
-}
-
-/// How a watch ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Watched {
-    /// For a row that was not there before.
-    News,
-    /// For another row that is due, or for shards that have come.
-    Due,
-    /// For nothing.
-    Silence,
 }
 
 /// What a turn of the loop found.
@@ -260,33 +251,6 @@ impl<S: Store> Poll<S> {
         if self.watching.is_open() { longest.min(VAIN_PAUSE_MAX) } else { longest }
     }
 
-    /// Watches until there may be something to read; answers with how long to pause should it be in vain.
-    async fn watch_on(&mut self, last_read_at: Instant, pause: Duration) -> Duration {
-        loop {
-            match self.watch(last_read_at).await {
-                // Reads that follow news in vain, since others write, come ever later.
-                Ok(Watched::News) => return pause,
-                Ok(Watched::Silence) if self.may_read() && !self.must_read(last_read_at) => {}
-                Ok(Watched::Due | Watched::Silence) => return PAUSE_MIN,
-                Err(error) => {
-                    self.watching.failed(&error);
-                    return pause;
-                }
-            }
-            if let Err(error) = self.close_gaps().await {
-                self.recover(&error).await;
-                return PAUSE_MIN;
-            }
-        }
-    }
-
-    /// Whatever a watch has seen.
-    fn must_read(&self, last_read_at: Instant) -> bool {
-        let routes_wait = !self.releasing.is_empty() || self.routes.next_probe().is_some();
-        let sweep_is_due = self.sweeping || self.last_sweep.elapsed() >= self.limits.sweep_interval;
-        routes_wait || sweep_is_due || last_read_at.elapsed() >= self.limits.poll_interval
-    }
-
     /// The broker takes messages, and some shard is ours.
     fn may_read(&self) -> bool {
         self.sink.borrow().is_ready() && !self.leases().is_empty()
@@ -390,35 +354,6 @@ impl<S: Store> Poll<S> {
                 it = self.pulse.beat_during(&mut something) => return Some(it),
             }
         }
-    }
-
-    /// Lets the database wait for rows to read, as long as nothing else is to be done.
-    async fn watch(&mut self, last_read_at: Instant) -> Result<Watched, StoreError> {
-        let poll_interval = self.limits.poll_interval;
-        // What is in flight may have to be followed by a probe, or by rows that are released.
-        let idle = self.in_flight.is_empty() && self.releasing.is_empty();
-        let lasts = if idle { WATCH_LASTS } else { poll_interval.min(WATCH_LASTS) };
-        let until_probe = self.routes.next_probe().map(|at| at.saturating_duration_since(Instant::now()));
-        self.watching.note(self.last_read);
-        let Unknown { ranges, exact } = self.known.unknown(RANGES_MAX);
-        let in_flight = self.in_flight_unless(exact);
-        let store = Arc::clone(&self.store);
-        let watch = Watch {
-            noticed: self.watching.noticed(),
-            ranges: &ranges,
-            in_flight: &in_flight,
-            first_poll: poll_interval.saturating_sub(last_read_at.elapsed()),
-            poll_interval,
-            lasts: lasts.min(until_probe.unwrap_or(lasts)),
-        };
-        let Some(seen) = self.attend_during(store.watch(watch)).await else { return Ok(Watched::Due) };
-        let id = seen?.filter(|_| !mutant!("watch-sees-nothing"));
-        self.watching.answered();
-        Ok(match id.map(|id| self.watching.note(id)) {
-            Some(true) => Watched::News,
-            Some(false) => Watched::Due,
-            None => Watched::Silence,
-        })
     }
 
     /// Exact ranges leave out what is in flight; others need the list of it.
