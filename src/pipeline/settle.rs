@@ -35,6 +35,8 @@ pub struct Settle<S> {
     input: mpsc::Receiver<Vec<Outcome>>,
     output: mpsc::Sender<Vec<Settled>>,
     store: Arc<S>,
+    /// So many outcomes wait for no company: their places are missed by the reading.
+    enough: usize,
     /// Delivered rows stay in the table, so marking them makes new versions of them.
     keeps_delivered: bool,
     /// The grace period is over: a database that is away is waited for no longer.
@@ -77,8 +79,9 @@ impl<S: Store> Settle<S> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let Ends { input, output, store } = ends;
+        let enough = (settings.max_in_flight / 4).clamp(1, BITE_ROWS);
         let keeps_delivered = settings.keeps_delivered();
-        Self { input, output, store, keeps_delivered, cut, board, pulse, metrics }
+        Self { input, output, store, enough, keeps_delivered, cut, board, pulse, metrics }
     }
 
     /// Writes outcomes until there are no more.
@@ -98,11 +101,11 @@ impl<S: Store> Settle<S> {
         Ok(())
     }
 
-    /// Waits for outcomes, then a little longer for more. `None` when the input has ended.
+    /// Waits for outcomes, then a little longer for more, as long as there are few. `None` when the input has ended.
     async fn gather(&mut self) -> Option<Vec<Outcome>> {
         let mut outcomes = self.pulse.beat_during(self.input.recv()).await?;
         let deadline = tokio::time::Instant::now() + GATHER_TIME;
-        while outcomes.len() < BITE_ROWS {
+        while outcomes.len() < self.enough {
             match tokio::time::timeout_at(deadline, self.input.recv()).await {
                 Ok(Some(more)) => outcomes.extend(more),
                 Ok(None) | Err(_) => break,
