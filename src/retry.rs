@@ -91,8 +91,7 @@ impl Policy {
     /// How long a row waits after this many attempts: doubling, with jitter, never above the maximum.
     pub fn wait(&self, attempts: u32) -> Duration {
         let backoff = Backoff { min: self.retry_min, max: self.retry_max };
-        let nth = attempts.saturating_sub(1).min(64) as usize;
-        backoff.delays().nth(nth).unwrap_or(self.retry_max)
+        backoff.delay(attempts.saturating_sub(1))
     }
 }
 
@@ -127,6 +126,12 @@ impl Backoff {
             .without_max_times()
             .with_jitter();
         builder.build().map(move |delay| delay.min(self.max))
+    }
+
+    /// The delay after so many before it.
+    pub fn delay(self, before: u32) -> Duration {
+        // Twice the one before each time: from 1 ms, the shortest setting, 1 day, the longest, is reached after 27.
+        self.delays().nth(before.min(32) as usize).unwrap_or(self.max)
     }
 }
 

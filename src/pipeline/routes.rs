@@ -74,14 +74,14 @@ impl Routes {
         state.refusals = state.refusals.saturating_add(1);
         if probe {
             state.probes = state.probes.saturating_add(1);
-            let pause = backoff.delays().nth(state.probes.min(32) as usize).unwrap_or(backoff.max);
+            let pause = backoff.delay(state.probes);
             let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
             state.next_probe = now + pause.max((took * PROBE_REST).min(PROBE_REST_MAX));
         }
         if was_parked || !state.parked() {
             return Parking::Unchanged;
         }
-        state.next_probe = now + backoff.delays().next().unwrap_or(backoff.max);
+        state.next_probe = now + backoff.delay(0);
         Parking::Parked
     }
 

@@ -9,6 +9,11 @@ use tokio_util::sync::CancellationToken;
 
 /// After its start a relay has a few things to do once.
 const SETTLED: Duration = Duration::from_secs(5);
+/// What wakes other relays.
+const NOTIFY_PER_INSERT: &str = "
+    create function notify_rows() returns trigger language plpgsql as
+        $$ begin perform pg_notify('outbox_rows', ''); return null; end $$;
+    create trigger notify_rows after insert on outbox for each statement execute function notify_rows()";
 
 /// Processor time and statements of a relay without work.
 pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> {
@@ -33,12 +38,6 @@ pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> 
         ("peak RSS", "MiB", after.peak_rss_mib()),
     ])
 }
-
-/// What wakes other relays.
-const NOTIFY_PER_INSERT: &str = "
-    create function notify_rows() returns trigger language plpgsql as
-        $$ begin perform pg_notify('outbox_rows', ''); return null; end $$;
-    create trigger notify_rows after insert on outbox for each statement execute function notify_rows()";
 
 /// From the start of the process to ready, owning shards.
 pub async fn start(stand: &Stand, name: &str) -> Result<Sample> {

@@ -66,8 +66,7 @@ impl Watching {
             Trouble::Configuration => self.failures.max(FAILURES_TOLD - 1) + 1,
             Trouble::Outage | Trouble::Contention => self.failures.saturating_add(1),
         };
-        let pause = WATCH_BACKOFF.delays().nth(self.failures.min(32) as usize).unwrap_or(WATCH_BACKOFF.max);
-        self.closed_until = Some(Instant::now() + pause);
+        self.closed_until = Some(Instant::now() + WATCH_BACKOFF.delay(self.failures));
         if self.is_told() && !was_told {
             let reason = &error.sentence;
             tracing::warn!(
