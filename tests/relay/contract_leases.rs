@@ -176,8 +176,13 @@ async fn the_memory_store_keeps_leases() {
     keeps_the_contract(&MemoryStore::default()).await;
 }
 
-async fn postgres(world: &World, pooling: &str) -> PostgresStore {
-    let settings = crate::support::world::resolve(&world.pairs(&[("OUTBOX_TRANSACTION_POOLING", pooling)]));
+fn postgres(world: &World, pooling: &str) -> PostgresStore {
+    postgres_at(world, &world.database_url, pooling)
+}
+
+fn postgres_at(world: &World, url: &str, pooling: &str) -> PostgresStore {
+    let pairs = world.pairs(&[("DATABASE_URL", url), ("OUTBOX_TRANSACTION_POOLING", pooling)]);
+    let settings = crate::support::world::resolve(&pairs);
     let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
     PostgresStore::new(connector, &settings)
 }
@@ -185,14 +190,21 @@ async fn postgres(world: &World, pooling: &str) -> PostgresStore {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_keeps_leases() {
     let world = World::new().await;
-    keeps_the_contract(&postgres(&world, "false").await).await;
+    keeps_the_contract(&postgres(&world, "false")).await;
     world.abandon();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_behind_a_transaction_pooler_keeps_leases() {
     let world = World::new().await;
-    keeps_the_contract(&postgres(&world, "true").await).await;
+    keeps_the_contract(&postgres(&world, "true")).await;
+    world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_behind_pgbouncer_keeps_leases() {
+    let (world, url) = World::behind_pgbouncer().await;
+    keeps_the_contract(&postgres_at(&world, &url, "true")).await;
     world.abandon();
 }
 
@@ -202,7 +214,7 @@ async fn renewals_at_the_same_time_are_serial() {
     let world = World::new().await;
     for _ in 0..20 {
         let members = (1..=4).map(async |number| {
-            let store = postgres(&world, "false").await;
+            let store = postgres(&world, "false");
             let me = member(number, 16);
             let mut held = HashSet::new();
             for _ in 0..5 {

@@ -48,9 +48,15 @@ struct InPostgres {
 impl InPostgres {
     async fn new(pooling: &str) -> Self {
         let world = World::new().await;
+        let url = world.database_url.clone();
+        Self::at(world, &url, pooling).await
+    }
+
+    async fn at(world: World, url: &str, pooling: &str) -> Self {
         world.sql("alter table outbox alter column payload type text using payload::text").await;
         let settings =
-            resolve(&world.pairs(&[("OUTBOX_EXCHANGE", "x"), ("OUTBOX_TRANSACTION_POOLING", pooling)]));
+            [("DATABASE_URL", url), ("OUTBOX_EXCHANGE", "x"), ("OUTBOX_TRANSACTION_POOLING", pooling)];
+        let settings = resolve(&world.pairs(&settings));
         let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
         let store = PostgresStore::new(connector, &settings);
         Self { world, store }
@@ -387,6 +393,14 @@ async fn postgres_keeps_the_contract() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_behind_a_transaction_pooler_keeps_the_contract() {
     let subject = InPostgres::new("true").await;
+    keeps_the_contract(&subject).await;
+    subject.world.abandon();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_behind_pgbouncer_keeps_the_contract() {
+    let (world, url) = World::behind_pgbouncer().await;
+    let subject = InPostgres::at(world, &url, "true").await;
     keeps_the_contract(&subject).await;
     subject.world.abandon();
 }

@@ -29,6 +29,7 @@ mod no_phantom;
 mod one_owner;
 mod outages;
 mod poison;
+mod pooler;
 mod promptness;
 mod secrets;
 mod settings;

@@ -16,9 +16,8 @@ const SILENCE: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_secs(6);
 
 /// It is noticed, although the poll interval is longer than this test has time for.
-async fn lone_row_is_noticed(pooling: &str) {
-    let world = World::new().await;
-    let relay = world.relay(&[("OUTBOX_POLL_INTERVAL", "1m"), ("OUTBOX_TRANSACTION_POOLING", pooling)]).await;
+async fn lone_row_is_noticed(world: World, settings: &[(&str, &str)]) {
+    let relay = world.relay(&[&[("OUTBOX_POLL_INTERVAL", "1m")], settings].concat()).await;
     world.sql(WRITE).await;
     world.drained().await;
     tokio::time::sleep(SILENCE).await;
@@ -32,12 +31,13 @@ async fn lone_row_is_noticed(pooling: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_row_does_not_wait_for_the_poll_interval() {
-    lone_row_is_noticed("false").await;
+    lone_row_is_noticed(World::new().await, &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_row_does_not_wait_behind_a_pooler_either() {
-    lone_row_is_noticed("true").await;
+    let (world, url) = World::behind_pgbouncer().await;
+    lone_row_is_noticed(world, &[("DATABASE_URL", &url), ("OUTBOX_TRANSACTION_POOLING", "true")]).await;
 }
 
 /// Rows of others are news too: reads in vain become rare, and the row that is ours is read all the same.

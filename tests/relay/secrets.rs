@@ -66,7 +66,7 @@ async fn no_password_in_any_debug_output() {
     let settings = resolve(&pairs);
     let connector = outbox_relay::store::postgres::Connector::new(settings.database.clone(), false);
     let store = outbox_relay::store::PostgresStore::new(connector.clone(), &settings);
-    let error = connector.connect().await.expect_err("no such host");
+    let error = connector.connect(&[]).await.expect_err("no such host");
     let shown = format!(
         "{settings:?} {settings:#?} {connector:?} {store:?} {error:?} {error} {}",
         connector.describe()

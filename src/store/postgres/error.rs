@@ -2,13 +2,20 @@
 
 use crate::store::{StoreError, Trouble};
 
+/// What to do where a pooler keeps us from having a session.
+pub(super) const POOLER_REMEDY: &str =
+    "behind a pooler (PgBouncer) set OUTBOX_TRANSACTION_POOLING=true, and migrate with a direct DATABASE_URL";
+
 /// The one place where an error of the database gets its meaning.
 pub(super) fn classify(error: &sqlx::Error) -> StoreError {
     let (trouble, sentence) = match error {
         sqlx::Error::Database(database) => {
-            let code = database.code().unwrap_or_default();
-            let trouble = by_code(&code, database.message());
-            (trouble, format!("{} (SQLSTATE {code})", first_line(database.message())))
+            let (code, message) = (database.code().unwrap_or_default(), database.message());
+            let mut sentence = format!("{} (SQLSTATE {code})", first_line(message));
+            if by_pooler(&code, message) {
+                sentence = format!("{sentence}; {POOLER_REMEDY}");
+            }
+            (by_code(&code, message), sentence)
         }
         sqlx::Error::Tls(cause) => {
             (Trouble::Configuration, format!("TLS failed: {}", first_line(&cause.to_string())))
@@ -27,8 +34,15 @@ pub(super) fn classify(error: &sqlx::Error) -> StoreError {
     StoreError { trouble, sentence }
 }
 
+/// PgBouncer does not take our limits in the startup parameter `options`, or it gave us a connection that does not know what
+/// we prepared (26000), or on which another client prepared something of the same name (42P05).
+fn by_pooler(code: &str, message: &str) -> bool {
+    matches!(code, "26000" | "42P05") || (code == "08P01" && message.contains("startup parameter"))
+}
+
 fn by_code(code: &str, message: &str) -> Trouble {
     match code {
+        _ if by_pooler(code, message) => Trouble::Configuration,
         // Serialization failure, deadlock, lock not available, statement time-out.
         "40001" | "40P01" | "55P03" | "57014" => Trouble::Contention,
         // "cached plan must not change result type": the next connection prepares anew.
@@ -63,6 +77,8 @@ mod tests {
         for code in ["28P01", "28000", "3D000", "42P01", "42501", "42703"] {
             assert_eq!(by_code(code, ""), Trouble::Configuration, "{code}");
         }
+        assert_eq!(by_code("08P01", "unsupported startup parameter: options"), Trouble::Configuration);
+        assert_eq!(by_code("08P01", "invalid message format"), Trouble::Outage);
         assert_eq!(by_code("0A000", "cached plan must not change result type"), Trouble::Contention);
         assert_eq!(
             by_code("0A000", "cannot set transaction read-write mode during recovery"),

@@ -9,7 +9,7 @@ use super::{error::classify, schema::Shape};
 use crate::config::TableName;
 use crate::store::{StoreError, Trouble};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
-use sqlx::{AssertSqlSafe, Executor, SqlSafeStr};
+use sqlx::{AssertSqlSafe, SqlSafeStr};
 use std::time::Duration;
 
 /// Every migration: version, description, text.
@@ -19,9 +19,9 @@ const MIGRATIONS: [(i64, &str, &str); 3] = [
     (3, "watch", include_str!("../../../migrations/0003_watch.sql")),
 ];
 
-/// Locks are waited for this long at most, so that a migration never queues the application
-/// behind itself.
-const LOCK_LIMIT: &str = "set lock_timeout = '5s'; set statement_timeout = '60s'";
+/// Of the session, which the advisory lock needs for itself anyway. Locks are waited for this long at most, so that a
+/// migration never queues the application behind itself.
+const LIMITS: [(&str, &str); 2] = [("lock_timeout", "5s"), ("statement_timeout", "60s")];
 
 /// Longest all of it may take as seen from here, should the server fall silent.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
@@ -46,8 +46,7 @@ pub async fn run(connector: &Connector, table: &TableName) -> Result<(), StoreEr
 }
 
 async fn apply(connector: &Connector, table: &TableName) -> Result<(), StoreError> {
-    let mut connection = connector.connect().await?;
-    connection.execute(LOCK_LIMIT).await.map_err(|error| classify(&error))?;
+    let mut connection = connector.connect(&LIMITS).await?;
     let migrations = MIGRATIONS.map(|(version, name, text)| {
         let sql = AssertSqlSafe(render(text, table)).into_sql_str();
         Migration::new(version, name.into(), MigrationType::Simple, sql, false)

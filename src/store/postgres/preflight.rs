@@ -7,28 +7,30 @@ use crate::config::{Settings, TableName};
 use crate::preflight::Finding;
 use crate::store::StoreError;
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row};
+use sqlx::{Executor, PgConnection, Row};
 
 /// Looks at the server, the table, its sequence, indexes and grants.
 pub async fn check(settings: &Settings) -> Vec<Finding> {
     let connected = "database connection and login";
     let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-    let mut connection = match connector.connect().await {
-        Ok(connection) => connection,
+    let mut session = match connector.open().await {
+        Ok(session) => session,
         Err(StoreError { sentence, .. }) => {
             let remedy = "check DATABASE_URL, that the server runs, and the login";
             return vec![Finding::new(connected, Err(format!("{sentence}; {remedy}")))];
         }
     };
     let mut findings = vec![Finding::new(connected, Ok(()))];
-    match within(CALL_LIMIT, table(&mut connection, settings)).await {
+    match within(CALL_LIMIT, table(session.connection(), settings)).await {
         Ok(more) => findings.extend(more),
         Err(error) => findings.push(Finding::new(format!("table {}", settings.table), Err(error.sentence))),
     }
     findings
 }
 
+/// One transaction, which ends with the connection: only that keeps a pooler from changing the server's connection.
 async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
+    connection.execute("begin read only").await?;
     let table = &settings.table;
     let shape = Shape::read(connection, table).await?;
     let standby = "this is a read-only standby; name the primary in DATABASE_URL".to_owned();

@@ -4,14 +4,14 @@
 //! when all went well; a session whose call failed or was abandoned is dropped, and the next call
 //! opens a new one. That makes cancellation safe: nothing half-read is ever reused.
 
-use super::error::classify;
+use super::error::{POOLER_REMEDY, classify};
 use super::{migrate, schema};
 use crate::config::{Endpoint, TableName};
 use crate::store::{StoreError, Trouble};
 use secrecy::ExposeSecret;
 use sqlx::postgres::{PgArguments, PgConnectOptions};
 use sqlx::query::Query;
-use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, SqlStr};
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection, Postgres, Row, SqlStr};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -58,9 +58,17 @@ impl Connector {
         self.endpoint.describe()
     }
 
-    /// A plain connection, for migrations and checks.
-    pub async fn connect(&self) -> Result<PgConnection, StoreError> {
-        self.connect_with(self.options()?).await
+    /// A connection whose session has these settings.
+    pub async fn connect(&self, settings: &[(&str, &str)]) -> Result<PgConnection, StoreError> {
+        let mut options = self.options()?;
+        if !settings.is_empty() {
+            options = options.options(settings.iter().copied());
+        }
+        let mut connection = self.connect_with(options).await?;
+        if let Some(setting) = settings.first() {
+            verify(&mut connection, *setting).await?;
+        }
+        Ok(connection)
     }
 
     fn options(&self) -> Result<PgConnectOptions, StoreError> {
@@ -83,13 +91,25 @@ impl Connector {
         }
     }
 
-    async fn open(&self) -> Result<Session, StoreError> {
-        let mut options = self.options()?;
-        if !self.transaction_pooling {
-            options = options.options(SERVER_SETTINGS);
-        }
-        let connection = self.connect_with(options).await?;
+    /// A connection as the relay uses it.
+    pub(super) async fn open(&self) -> Result<Session, StoreError> {
+        let settings = if self.transaction_pooling { &[][..] } else { &SERVER_SETTINGS };
+        let connection = self.connect(settings).await?;
         Ok(Session { connection, transaction_pooling: self.transaction_pooling, spoiled: false })
+    }
+}
+
+/// Poolers may drop settings that come with the connect. Without our limits we could do harm, and such a pooler may give
+/// each transaction another connection, too.
+async fn verify(connection: &mut PgConnection, (name, asked): (&str, &str)) -> Result<(), StoreError> {
+    let show = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("show {name}")));
+    let taken = async { connection.fetch_one(show).await?.try_get::<String, _>(0) };
+    match within(CONNECT_LIMIT, taken).await? {
+        taken if taken == asked => Ok(()),
+        taken => Err(StoreError {
+            trouble: Trouble::Configuration,
+            sentence: format!("{name} is {taken} although {asked} was asked for at connect; {POOLER_REMEDY}"),
+        }),
     }
 }
 

@@ -91,6 +91,22 @@ impl World {
         Self::on(Holder::Own(Box::new(servers))).await
     }
 
+    /// A world, and the URL that leads to its database through PgBouncer.
+    pub async fn behind_pgbouncer() -> (Self, String) {
+        let shared = tokio::task::spawn_blocking(Servers::shared).await.expect("servers");
+        let world = if shared.are_ours() { Self::new().await } else { Self::alone().await };
+        let url = world.pgbouncer_url().await;
+        (world, url)
+    }
+
+    /// The URL that leads to this world's database through PgBouncer, which is started where it does not run.
+    pub async fn pgbouncer_url(&self) -> String {
+        self.servers().services(&["start", "pgbouncer"]).await;
+        let url = self.servers().value("PGBOUNCER_URL");
+        let (base, _) = url.rsplit_once('/').expect("URL with a database");
+        format!("{base}/{}", self.name)
+    }
+
     async fn on(servers: Holder) -> Self {
         let name = format!("t_{:016x}", fastrand::u64(..));
         let mut world = Self { servers, database_url: String::new(), name: name.clone(), finished: false };
