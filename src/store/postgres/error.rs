@@ -3,8 +3,7 @@
 use crate::store::{StoreError, Trouble};
 
 /// What to do where a pooler keeps us from having a session.
-pub(super) const POOLER_REMEDY: &str =
-    "behind a pooler (PgBouncer) set OUTBOX_TRANSACTION_POOLING=true, and migrate with a direct DATABASE_URL";
+pub(super) const POOLER_REMEDY: &str = "a pooler (PgBouncer) needs OUTBOX_TRANSACTION_POOLING=true, no options in DATABASE_URL, and a direct DATABASE_URL to migrate";
 
 /// The one place where an error of the database gets its meaning.
 pub(super) fn classify(error: &sqlx::Error) -> StoreError {
@@ -34,10 +33,16 @@ pub(super) fn classify(error: &sqlx::Error) -> StoreError {
     StoreError { trouble, sentence }
 }
 
-/// PgBouncer does not take our limits in the startup parameter `options`, or it gave us a connection that does not know what
-/// we prepared (26000), or on which another client prepared something of the same name (42P05).
+/// A pooler that does not take our limits in the startup parameter `options` (08P01 PgBouncer, 0A000 RDS Proxy), or has given
+/// us a connection that does not know what we prepared (26000), or on which another client prepared something of the
+/// same name (42P05).
 fn by_pooler(code: &str, message: &str) -> bool {
-    matches!(code, "26000" | "42P05") || (code == "08P01" && message.contains("startup parameter"))
+    match code {
+        "26000" | "42P05" => true,
+        "08P01" => message.contains("startup parameter"),
+        "0A000" => message.contains("command-line options"),
+        _ => false,
+    }
 }
 
 fn by_code(code: &str, message: &str) -> Trouble {
@@ -64,7 +69,7 @@ fn first_line(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Trouble, by_code};
+    use super::{Trouble, by_code, by_pooler};
 
     #[test]
     fn codes_lead_to_the_action_of_the_failure_table() {
@@ -77,7 +82,16 @@ mod tests {
         for code in ["28P01", "28000", "3D000", "42P01", "42501", "42703"] {
             assert_eq!(by_code(code, ""), Trouble::Configuration, "{code}");
         }
-        assert_eq!(by_code("08P01", "unsupported startup parameter: options"), Trouble::Configuration);
+        for (code, message) in [
+            ("08P01", "unsupported startup parameter: options"),
+            ("08P01", "unsupported startup parameter in options: jit"),
+            ("0A000", "Feature not supported: RDS Proxy currently doesn’t support command-line options."),
+            ("26000", "prepared statement \"sqlx_s_1\" does not exist"),
+            ("42P05", "prepared statement \"sqlx_s_1\" already exists"),
+        ] {
+            assert!(by_pooler(code, message), "{message}");
+            assert_eq!(by_code(code, message), Trouble::Configuration, "{message}");
+        }
         assert_eq!(by_code("08P01", "invalid message format"), Trouble::Outage);
         assert_eq!(by_code("0A000", "cached plan must not change result type"), Trouble::Contention);
         assert_eq!(

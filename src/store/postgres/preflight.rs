@@ -1,6 +1,6 @@
 //! What `check` looks at in the database.
 
-use super::error::classify;
+use super::error::{POOLER_REMEDY, classify};
 use super::schema::{LEASE, REPLICA, Shape, WATCH};
 use super::session::{CALL_LIMIT, Connector, within};
 use crate::config::{Settings, TableName};
@@ -15,22 +15,30 @@ pub async fn check(settings: &Settings) -> Vec<Finding> {
     let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
     let mut session = match connector.open().await {
         Ok(session) => session,
-        Err(StoreError { sentence, .. }) => {
-            let remedy = "check DATABASE_URL, that the server runs, and the login";
-            return vec![Finding::new(connected, Err(format!("{sentence}; {remedy}")))];
+        Err(StoreError { mut sentence, .. }) => {
+            if !sentence.ends_with(POOLER_REMEDY) {
+                sentence.push_str("; check DATABASE_URL, that the server runs, and the login");
+            }
+            return vec![Finding::new(connected, Err(sentence))];
         }
     };
     let mut findings = vec![Finding::new(connected, Ok(()))];
-    match within(CALL_LIMIT, table(session.connection(), settings)).await {
+    match within(CALL_LIMIT, look(session.connection(), settings)).await {
         Ok(more) => findings.extend(more),
         Err(error) => findings.push(Finding::new(format!("table {}", settings.table), Err(error.sentence))),
     }
     findings
 }
 
-/// One transaction, which ends with the connection: only that keeps a pooler from changing the server's connection.
-async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
+/// One transaction: only that keeps a pooler from changing the server's connection.
+async fn look(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
     connection.execute("begin read only").await?;
+    let findings = table(connection, settings).await?;
+    connection.execute("rollback").await?;
+    Ok(findings)
+}
+
+async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
     let table = &settings.table;
     let shape = Shape::read(connection, table).await?;
     let standby = "this is a read-only standby; name the primary in DATABASE_URL".to_owned();

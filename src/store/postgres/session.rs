@@ -29,7 +29,7 @@ const OPEN_LIMIT_MIN: Duration = Duration::from_secs(2);
 /// What every transaction of ours runs under. The statement limit bounds what we cost the
 /// database, the lock limit how long we queue behind somebody's DDL, and the planner settings keep
 /// the poll on its index when statistics are stale; all our statements are meant to use an index.
-const SERVER_SETTINGS: [(&str, &str); 7] = [
+const SERVER_SETTINGS: [(&str, &str); 8] = [
     ("statement_timeout", "15s"),
     ("lock_timeout", "5s"),
     ("idle_in_transaction_session_timeout", "30s"),
@@ -37,7 +37,12 @@ const SERVER_SETTINGS: [(&str, &str); 7] = [
     ("enable_bitmapscan", "off"),
     ("enable_sort", "off"),
     ("jit", "off"),
+    // Counting may take long, and never more than one core.
+    ("max_parallel_workers_per_gather", "0"),
 ];
+
+/// A setting of our own, which no pooler knows and no role has: where it arrives, the session is ours.
+const MARK: (&str, &str) = ("outbox_relay.session", "on");
 
 /// How to reach the database.
 #[derive(Debug, Clone)]
@@ -58,17 +63,27 @@ impl Connector {
         self.endpoint.describe()
     }
 
-    /// A connection whose session has these settings.
+    /// A connection whose session has these settings, and is ours alone if there are any.
     pub async fn connect(&self, settings: &[(&str, &str)]) -> Result<PgConnection, StoreError> {
         let mut options = self.options()?;
         if !settings.is_empty() {
-            options = options.options(settings.iter().copied());
+            options = options.options(settings.iter().copied()).options([MARK]);
         }
-        let mut connection = self.connect_with(options).await?;
-        if let Some(setting) = settings.first() {
-            verify(&mut connection, *setting).await?;
+        let connect = async {
+            let mut connection = PgConnection::connect_with(&options).await?;
+            if !settings.is_empty() {
+                find_mark(&mut connection).await?;
+            }
+            Ok(connection)
+        };
+        match tokio::time::timeout(CONNECT_LIMIT, connect).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(error)) => Err(connect_error(&self.describe(), &error)),
+            Err(_) => Err(StoreError {
+                trouble: Trouble::Outage,
+                sentence: format!("no answer from the database at {} within 10 s", self.describe()),
+            }),
         }
-        Ok(connection)
     }
 
     fn options(&self) -> Result<PgConnectOptions, StoreError> {
@@ -80,17 +95,6 @@ impl Connector {
         Ok(options.application_name("outbox-relay").extra_float_digits(None).disable_statement_logging())
     }
 
-    async fn connect_with(&self, options: PgConnectOptions) -> Result<PgConnection, StoreError> {
-        match tokio::time::timeout(CONNECT_LIMIT, PgConnection::connect_with(&options)).await {
-            Ok(Ok(connection)) => Ok(connection),
-            Ok(Err(error)) => Err(connect_error(&self.describe(), &error)),
-            Err(_) => Err(StoreError {
-                trouble: Trouble::Outage,
-                sentence: format!("no answer from the database at {} within 10 s", self.describe()),
-            }),
-        }
-    }
-
     /// A connection as the relay uses it.
     pub(super) async fn open(&self) -> Result<Session, StoreError> {
         let settings = if self.transaction_pooling { &[][..] } else { &SERVER_SETTINGS };
@@ -99,17 +103,16 @@ impl Connector {
     }
 }
 
-/// Poolers may drop settings that come with the connect. Without our limits we could do harm, and such a pooler may give
-/// each transaction another connection, too.
-async fn verify(connection: &mut PgConnection, (name, asked): (&str, &str)) -> Result<(), StoreError> {
-    let show = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("show {name}")));
-    let taken = async { connection.fetch_one(show).await?.try_get::<String, _>(0) };
-    match within(CONNECT_LIMIT, taken).await? {
-        taken if taken == asked => Ok(()),
-        taken => Err(StoreError {
-            trouble: Trouble::Configuration,
-            sentence: format!("{name} is {taken} although {asked} was asked for at connect; {POOLER_REMEDY}"),
-        }),
+/// Fails behind a pooler that has dropped what came with the connect: without our limits we could do harm, and such a pooler
+/// may give each transaction another connection, too.
+async fn find_mark(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let (name, value) = MARK;
+    let ask = sqlx::AssertSqlSafe(format!("select current_setting('{name}', true)"));
+    match connection.fetch_one(sqlx::raw_sql(ask)).await?.try_get::<Option<String>, _>(0)? {
+        Some(found) if found == value => Ok(()),
+        _ => Err(sqlx::Error::Configuration(
+            format!("the settings given at connect did not arrive; {POOLER_REMEDY}").into(),
+        )),
     }
 }
 
