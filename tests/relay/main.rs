@@ -33,5 +33,6 @@ mod pooler;
 mod promptness;
 mod secrets;
 mod settings;
+mod stale_statistics;
 mod tls;
 mod visible_truth;

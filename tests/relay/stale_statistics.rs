@@ -1,0 +1,152 @@
+//! The planner's statistics say what the table once was. Whatever that is, each statement keeps to the index it was written
+//! for: what it reads is in proportion to what it is asked, not to the backlog.
+
+use crate::support::World;
+use crate::support::world::resolve;
+use outbox_relay::store::leases::{LeaseTable, Member};
+use outbox_relay::store::postgres::Connector;
+use outbox_relay::store::{
+    Ask, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
+};
+use std::sync::Arc;
+use std::time::Duration;
+
+const BACKLOG: i64 = 20_000;
+const ALL: [(i64, i64); 1] = [(i64::MIN, i64::MAX)];
+
+/// One shard, taken once.
+const LEASE: Lease = Lease { shard: 0, epoch: 1 };
+const SHARE: Share<'static> = Share { shards: 1, leases: &[LEASE] };
+
+async fn read(store: &impl Store, after: i64, rows: usize) -> Vec<Row> {
+    let ranges = [(after, i64::MAX)];
+    let ask = Ask {
+        ranges: &ranges,
+        rows,
+        bytes: 1 << 30,
+        room_for_any: true,
+        in_flight: &[],
+        keep_order: true,
+        parked: &[],
+        share: SHARE,
+    };
+    store.poll(ask).await.expect("poll").rows
+}
+
+fn refused(row: &Row) -> Settlement {
+    let (id, message_id, reason) = (row.id, row.message_id, "refused".to_owned());
+    let wait = Duration::from_secs(60);
+    let waiting = vec![Waiting { id, message_id, lease: LEASE, attempts: 1, wait, reason }];
+    Settlement { waiting, ..Settlement::default() }
+}
+
+fn dead(row: &Row) -> Settlement {
+    let (id, message_id, reason) = (row.id, row.message_id, "poison".to_owned());
+    Settlement {
+        dead: vec![Dead { id, message_id, lease: LEASE, attempts: 1, reason }],
+        ..Settlement::default()
+    }
+}
+
+fn delivered(rows: &[Row]) -> Settlement {
+    let delivered = rows.iter().map(|row| Delivered { id: row.id, message_id: row.message_id }).collect();
+    Settlement { delivered, ..Settlement::default() }
+}
+
+/// What a relay asks besides counting: about 4000 rows in all.
+async fn work(store: &PostgresStore, exchange: &str) {
+    let me = Member {
+        replica: uuid::Uuid::from_u128(1),
+        shards: 1,
+        ready: true,
+        lease_time: Duration::from_secs(600),
+    };
+    assert_eq!(store.renew(me, &[]).await.expect("renew").leases, [LEASE]);
+    let rows = read(store, i64::MIN, 1000).await;
+    assert_eq!(rows.len(), 1000);
+    for row in &rows[..10] {
+        store.settle(&refused(row)).await.expect("settle");
+    }
+    for row in &rows[10..20] {
+        store.settle(&dead(row)).await.expect("settle");
+    }
+    store.settle(&delivered(&rows[20..])).await.expect("settle");
+    let last = rows.last().map_or(0, |row| row.id);
+    assert_eq!(read(store, last, 1000).await.len(), 1000);
+    assert_eq!(store.horizon(last, &ALL, &[], 1000).await.expect("horizon").pending.len(), 10);
+    let route = Arc::new(Route { exchange: exchange.to_owned(), routing_key: "ok.1".to_owned() });
+    for _ in 0..5 {
+        assert!(store.probe(&route, &[], true, SHARE).await.expect("probe").is_some());
+        store.release(&route, 100).await.expect("release");
+    }
+}
+
+async fn reads_in_proportion(past: &[&str]) {
+    let world = World::new().await;
+    world.sql("alter table outbox set (autovacuum_enabled = off)").await;
+    for statement in past {
+        world.sql(statement).await;
+    }
+    world
+        .sql(&format!(
+            "insert into outbox (routing_key, ordering_key, payload)
+             select 'ok.1', 'key ' || i, '{{}}' from generate_series(1, {BACKLOG}) i"
+        ))
+        .await;
+    let settings = resolve(&world.pairs(&[]));
+    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
+    let store = PostgresStore::new(connector, &settings);
+    let entries = "select sum(idx_tup_read)::bigint from pg_stat_user_indexes where relname = 'outbox'";
+    let before = world.number(entries).await;
+    work(&store, &world.name).await;
+    // A session tells what it has read when it ends.
+    drop(store);
+    let sessions = "select count(*) from pg_stat_activity
+                    where application_name = 'outbox-relay' and datname = current_database()";
+    world.until(sessions, 0).await;
+    world.until_at_least(entries, before + 3000).await;
+    let entries = world.number(entries).await - before;
+    let by_index = "select string_agg(indexrelname || ' ' || idx_tup_read || ' in ' || idx_scan, ', ') from pg_stat_user_indexes where relname = 'outbox'";
+    let by_index = world.text(by_index).await.unwrap_or_default();
+    assert!(entries < 5 * BACKLOG, "{entries} index entries read beside a backlog of {BACKLOG}: {by_index}");
+    world.abandon();
+}
+
+const DELIVERED: &str = "insert into outbox (routing_key, payload, delivered_at)
+    select 'past', '{}', clock_timestamp() from generate_series(1, 40000)";
+const PENDING: &str =
+    "insert into outbox (routing_key, payload) select 'past', '{}' from generate_series(1, 40000)";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn none() {
+    reads_in_proportion(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_an_empty_table() {
+    reads_in_proportion(&["vacuum analyze outbox"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_table_without_pending_rows() {
+    reads_in_proportion(&[DELIVERED, "analyze outbox"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_table_without_pending_rows_that_was_vacuumed() {
+    reads_in_proportion(&[DELIVERED, "vacuum analyze outbox"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_backlog_that_was_delivered() {
+    reads_in_proportion(&[PENDING, "analyze outbox", "update outbox set delivered_at = clock_timestamp()"])
+        .await;
+}
+
+/// Rows that wait are as many as rows that are pending, as it seems.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_table_full_of_waiting_rows() {
+    let waiting = "update outbox set attempts = 1, available_at = 'infinity'";
+    let gone = "update outbox set delivered_at = clock_timestamp()";
+    reads_in_proportion(&[PENDING, waiting, "vacuum analyze outbox", gone]).await;
+}
