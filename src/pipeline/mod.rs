@@ -56,6 +56,12 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use uuid::Uuid;
 
+/// So many rows are worth a statement. The reading waits until as many places are free, and the marking for no more
+/// outcomes than that, so neither waits for the other in vain.
+fn worth_a_statement(max_in_flight: usize) -> usize {
+    max_in_flight.div_ceil(4)
+}
+
 /// From poll to a worker.
 #[derive(Debug)]
 pub enum Work {

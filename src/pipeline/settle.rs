@@ -6,7 +6,7 @@
 //!
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
-use super::{End, Fate, Outcome, Settled, hand_over};
+use super::{End, Fate, Outcome, Settled, hand_over, worth_a_statement};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::retry::Delays;
@@ -79,7 +79,7 @@ impl<S: Store> Settle<S> {
         metrics: Arc<Metrics>,
     ) -> Self {
         let Ends { input, output, store } = ends;
-        let enough = (settings.max_in_flight / 4).clamp(1, BITE_ROWS);
+        let enough = worth_a_statement(settings.max_in_flight).min(BITE_ROWS);
         let keeps_delivered = settings.keeps_delivered();
         Self { input, output, store, enough, keeps_delivered, cut, board, pulse, metrics }
     }

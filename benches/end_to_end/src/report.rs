@@ -129,7 +129,7 @@ impl Report {
         took: Duration,
     ) -> Result<Self> {
         let (postgres, rabbitmq) = stand.versions().await?;
-        let at = OffsetDateTime::now_utc().format(&Rfc3339)?;
+        let at = OffsetDateTime::now_utc().truncate_to_second().format(&Rfc3339)?;
         let dirty = if said(&["git", "status", "--porcelain"]).is_empty() { "" } else { ", changed" };
         Ok(Self {
             at,

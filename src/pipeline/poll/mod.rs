@@ -13,7 +13,7 @@ use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
 use super::shards::Shards;
-use super::{Fate, Settled, Work, hand_over};
+use super::{Fate, Settled, Work, hand_over, worth_a_statement};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
 use crate::ownership::Holdings;
@@ -320,11 +320,12 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// A quarter of the places is free, so that a statement is worth its while.
+    /// Enough places are free.
     fn has_room(&self) -> bool {
         let rows = self.limits.rows - self.in_flight.len();
         let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
-        self.in_flight.is_empty() || (rows >= self.limits.rows.div_ceil(4) && bytes >= self.limits.bytes / 4)
+        self.in_flight.is_empty()
+            || (rows >= worth_a_statement(self.limits.rows) && bytes >= self.limits.bytes / 4)
     }
 
     /// Sleeps until the next read is due, or until shards have come.
