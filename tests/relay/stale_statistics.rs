@@ -114,8 +114,9 @@ async fn reads_in_proportion(past: &[&str]) {
 
 const DELIVERED: &str = "insert into outbox (routing_key, payload, delivered_at)
     select 'past', '{}', clock_timestamp() from generate_series(1, 40000)";
+/// Few: until they are cleaned up, their index entries may be read again and again.
 const PENDING: &str =
-    "insert into outbox (routing_key, payload) select 'past', '{}' from generate_series(1, 40000)";
+    "insert into outbox (routing_key, payload) select 'past', '{}' from generate_series(1, 4000)";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn none() {
