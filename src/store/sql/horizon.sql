@@ -12,7 +12,7 @@ select
             select o.id from {outbox} as o
             where o.id between unsettled.first_id and least(unsettled.last_id, $1)
               and o.delivered_at is null and o.dead_at is null
-              and o.id <> all ($4::bigint[])
+              and {not_in_flight}
             order by o.id
             limit $5
         ) as o

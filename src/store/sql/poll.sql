@@ -10,7 +10,7 @@ cross join lateral (
     where o.id between unsettled.first_id and unsettled.last_id
       and o.delivered_at is null and o.dead_at is null
       and o.available_at <= clock_timestamp()
-      and o.id <> all ($4::bigint[])
+      and {not_in_flight}
       and (o.attempts = 0 or not exists (
             select from unnest($8::text[], $9::text[]) as parked (exchange, routing_key)
             where parked.routing_key = o.routing_key

@@ -7,7 +7,7 @@ from (
     select * from {outbox} as o
     where o.delivered_at is null and o.dead_at is null and o.attempts > 0
       and o.routing_key = $2 and coalesce(o.exchange, $3) = $1
-      and o.id <> all ($4::bigint[])
+      and {not_in_flight}
     order by o.ordering_key, o.id
 ) as o
 where ($7::int[] is null or {shard} = any ($7))
