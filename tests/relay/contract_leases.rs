@@ -1,21 +1,14 @@
 //! The contract of every lease table: the obligations in `src/store/leases.rs`, on Postgres and on its twin in memory.
 
+use crate::support::store::member;
 use crate::support::{World, eventually, rng};
 use outbox_relay::store::PostgresStore;
 use outbox_relay::store::leases::{Lease, LeaseTable, Member, Standing};
 use outbox_relay::store::memory::MemoryStore;
-use outbox_relay::store::postgres::Connector;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
-use uuid::Uuid;
 
-/// Long enough for what must not expire, in a test that takes a second.
-const LONG: Duration = Duration::from_secs(600);
 const SHORT: Duration = Duration::from_millis(200);
-
-fn member(number: u128, shards: u32) -> Member {
-    Member { replica: Uuid::from_u128(number), shards, ready: true, lease_time: LONG }
-}
 
 fn shards(standing: &Standing) -> Vec<u32> {
     standing.leases.iter().map(|lease| lease.shard).collect()
@@ -148,8 +141,10 @@ async fn a_shard_never_has_two_owners(table: &impl LeaseTable) {
     let mut owner_of: HashMap<Lease, u128> = HashMap::new();
     for _ in 0..200 {
         let number = rng.u128(1..=5);
-        let lease_time = if rng.u8(0..4) == 0 { Duration::from_millis(2) } else { LONG };
-        let me = Member { lease_time, ..member(number, 8) };
+        let mut me = member(number, 8);
+        if rng.u8(0..4) == 0 {
+            me.lease_time = Duration::from_millis(2);
+        }
         if rng.u8(0..8) == 0 {
             table.leave(me).await.expect("leave");
             continue;
@@ -181,10 +176,7 @@ fn postgres(world: &World, pooling: &str) -> PostgresStore {
 }
 
 fn postgres_at(world: &World, url: &str, pooling: &str) -> PostgresStore {
-    let pairs = world.pairs(&[("DATABASE_URL", url), ("OUTBOX_TRANSACTION_POOLING", pooling)]);
-    let settings = crate::support::world::resolve(&pairs);
-    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-    PostgresStore::new(connector, &settings)
+    world.store(&[("DATABASE_URL", url), ("OUTBOX_TRANSACTION_POOLING", pooling)])
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,10 +1,9 @@
 //! The contract of every store: the obligations in `src/store/mod.rs`, on Postgres and on its twin in memory.
 
 use crate::support::World;
-use crate::support::world::resolve;
-use outbox_relay::store::leases::{LeaseTable, Member};
+use crate::support::store::{ALL, ALL_SHARDS, LEASE, ask, member};
+use outbox_relay::store::leases::LeaseTable;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
-use outbox_relay::store::postgres::Connector;
 use outbox_relay::store::{
     Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting, Watch,
 };
@@ -56,9 +55,7 @@ impl InPostgres {
         world.sql("alter table outbox alter column payload type text using payload::text").await;
         let settings =
             [("DATABASE_URL", url), ("OUTBOX_EXCHANGE", "x"), ("OUTBOX_TRANSACTION_POOLING", pooling)];
-        let settings = resolve(&world.pairs(&settings));
-        let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-        let store = PostgresStore::new(connector, &settings);
+        let store = world.store(&settings);
         Self { world, store }
     }
 }
@@ -80,25 +77,6 @@ impl Subject for InPostgres {
             .execute(query.bind(id).bind(key).bind(routing_key).bind(bytes as i32).bind(message_id(id)))
             .await
             .expect("insert");
-    }
-}
-
-const ALL: [(i64, i64); 1] = [(i64::MIN, i64::MAX)];
-
-/// One shard, so that everything belongs to it; taken once, so its epoch is 1.
-const LEASE: Lease = Lease { shard: 0, epoch: 1 };
-const ALL_SHARDS: Share<'static> = Share { shards: 1, leases: &[LEASE] };
-
-fn ask(rows: usize) -> Ask<'static> {
-    Ask {
-        ranges: &ALL,
-        rows,
-        bytes: 1 << 30,
-        room_for_any: true,
-        in_flight: &[],
-        keep_order: true,
-        parked: &[],
-        share: ALL_SHARDS,
     }
 }
 
@@ -127,13 +105,7 @@ fn waiting(id: i64, wait: Duration) -> Settlement {
 }
 
 async fn keeps_the_contract(subject: &impl Subject) {
-    let me = Member {
-        replica: uuid::Uuid::from_u128(1),
-        shards: 1,
-        ready: true,
-        lease_time: Duration::from_secs(600),
-    };
-    assert_eq!(subject.store().renew(me, &[]).await.expect("renew").leases, [LEASE]);
+    assert_eq!(subject.store().renew(member(1, 1), &[]).await.expect("renew").leases, [LEASE]);
     polls_what_it_is_asked_for(subject).await;
     a_refused_row_holds_back_its_key(subject).await;
     parks_probes_and_releases(subject).await;

@@ -1,10 +1,10 @@
 //! A row does not wait for the relay to look: the database watches for it, and all works where it does not.
 
 use crate::support::process::RelayProcess;
-use crate::support::world::{Allowed, resolve};
+use crate::support::store::ALL;
+use crate::support::world::Allowed;
 use crate::support::{World, eventually};
-use outbox_relay::store::postgres::Connector;
-use outbox_relay::store::{PostgresStore, Store, Watch};
+use outbox_relay::store::{Store, Watch};
 use std::time::{Duration, Instant};
 
 const WRITE: &str = "insert into outbox (routing_key, payload) values ('ok.1', '{}')";
@@ -110,13 +110,11 @@ async fn where_the_database_cannot_watch_rows_are_polled() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_holds_no_lock_while_it_rests() {
     let world = World::new().await;
-    let settings = resolve(&world.pairs(&[]));
-    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-    let store = PostgresStore::new(connector, &settings);
+    let store = world.store(&[]);
     let long = Duration::from_secs(10);
     let watch = Watch {
         noticed: i64::MIN,
-        ranges: &[(i64::MIN, i64::MAX)],
+        ranges: &ALL,
         in_flight: &[],
         first_poll: long,
         poll_interval: long,

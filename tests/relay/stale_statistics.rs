@@ -2,35 +2,17 @@
 //! for: what it reads is in proportion to what it is asked, not to the backlog.
 
 use crate::support::World;
-use crate::support::world::resolve;
-use outbox_relay::store::leases::{LeaseTable, Member};
-use outbox_relay::store::postgres::Connector;
-use outbox_relay::store::{
-    Ask, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting,
-};
+use crate::support::store::{ALL, ALL_SHARDS, LEASE, ask, member};
+use outbox_relay::store::leases::LeaseTable;
+use outbox_relay::store::{Ask, Dead, Delivered, PostgresStore, Route, Row, Settlement, Store, Waiting};
 use std::sync::Arc;
 use std::time::Duration;
 
 const BACKLOG: i64 = 20_000;
-const ALL: [(i64, i64); 1] = [(i64::MIN, i64::MAX)];
-
-/// One shard, taken once.
-const LEASE: Lease = Lease { shard: 0, epoch: 1 };
-const SHARE: Share<'static> = Share { shards: 1, leases: &[LEASE] };
 
 async fn read(store: &impl Store, after: i64, rows: usize) -> Vec<Row> {
     let ranges = [(after, i64::MAX)];
-    let ask = Ask {
-        ranges: &ranges,
-        rows,
-        bytes: 1 << 30,
-        room_for_any: true,
-        in_flight: &[],
-        keep_order: true,
-        parked: &[],
-        share: SHARE,
-    };
-    store.poll(ask).await.expect("poll").rows
+    store.poll(Ask { ranges: &ranges, ..ask(rows) }).await.expect("poll").rows
 }
 
 fn refused(row: &Row) -> Settlement {
@@ -55,13 +37,7 @@ fn delivered(rows: &[Row]) -> Settlement {
 
 /// What a relay asks besides counting: about 4000 rows in all.
 async fn work(store: &PostgresStore, exchange: &str) {
-    let me = Member {
-        replica: uuid::Uuid::from_u128(1),
-        shards: 1,
-        ready: true,
-        lease_time: Duration::from_secs(600),
-    };
-    assert_eq!(store.renew(me, &[]).await.expect("renew").leases, [LEASE]);
+    assert_eq!(store.renew(member(1, 1), &[]).await.expect("renew").leases, [LEASE]);
     let rows = read(store, i64::MIN, 1000).await;
     assert_eq!(rows.len(), 1000);
     for row in &rows[..10] {
@@ -76,7 +52,7 @@ async fn work(store: &PostgresStore, exchange: &str) {
     assert_eq!(store.horizon(last, &ALL, &[], 1000).await.expect("horizon").pending.len(), 10);
     let route = Arc::new(Route { exchange: exchange.to_owned(), routing_key: "ok.1".to_owned() });
     for _ in 0..5 {
-        assert!(store.probe(&route, &[], true, SHARE).await.expect("probe").is_some());
+        assert!(store.probe(&route, &[], true, ALL_SHARDS).await.expect("probe").is_some());
         store.release(&route, 100).await.expect("release");
     }
 }
@@ -93,9 +69,7 @@ async fn reads_in_proportion(past: &[&str]) {
              select 'ok.1', 'key ' || i, '{{}}' from generate_series(1, {BACKLOG}) i"
         ))
         .await;
-    let settings = resolve(&world.pairs(&[]));
-    let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-    let store = PostgresStore::new(connector, &settings);
+    let store = world.store(&[]);
     let entries = "select sum(idx_tup_read)::bigint from pg_stat_user_indexes where relname = 'outbox'";
     let before = world.number(entries).await;
     work(&store, &world.name).await;

@@ -33,9 +33,10 @@ pub async fn check(settings: &Settings) -> Vec<Finding> {
 /// One transaction: only that keeps a pooler from changing the server's connection.
 async fn look(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
     connection.execute("begin read only").await?;
-    let findings = table(connection, settings).await?;
+    let findings = table(connection, settings).await;
+    // Also after a failed question: a pooler keeps the server's connection for the next one.
     connection.execute("rollback").await?;
-    Ok(findings)
+    findings
 }
 
 async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {

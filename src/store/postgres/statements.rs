@@ -107,6 +107,7 @@ fn name_tables(text: &str, table: &TableName) -> String {
         .replace("{shard}", include_str!("../sql/shard.sql").trim())
         .replace("{not_in_flight}", include_str!("../sql/not_in_flight.sql").trim())
         .replace("{sent}", include_str!("../sql/sent.sql").trim())
+        .replace("{refused}", include_str!("../sql/refused.sql").trim())
         .replace("{in_turn}", include_str!("../sql/in_turn.sql").trim())
         .replace("{outbox}", &table.quoted())
         .replace("{lease_name}", &literal)

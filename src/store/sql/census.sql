@@ -9,12 +9,12 @@ select
         and (attempts > 0 or available_at <= clock_timestamp())
       order by id limit 1) as oldest_seconds,
     (select count(*) from {outbox} where dead_at is not null) as dead,
-    -- Only the index of waiting rows gives this order, so it is the one that is walked.
-    (select count(*) from (
-        select from {outbox} where delivered_at is null and dead_at is null and attempts > 0
-        order by ordering_key, id) as o) as waiting,
-    (select count(distinct ordering_key) from (
-        select ordering_key from {outbox} where delivered_at is null and dead_at is null and attempts > 0
-        order by ordering_key, id) as o) as blocked_keys,
+    refused.waiting, refused.blocked_keys,
     -- Last, so that all the counting is over.
     extract(epoch from clock_timestamp() - statement_timestamp())::float8 as took_seconds
+from (
+    select count(*) as waiting, count(distinct ordering_key) as blocked_keys
+    from (
+        -- Only the index of waiting rows gives this order, so it is the one that is walked.
+        select ordering_key from {outbox} where delivered_at is null and dead_at is null and attempts > 0
+        order by ordering_key, id) as o) as refused

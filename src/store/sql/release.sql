@@ -1,4 +1,5 @@
 -- A route works again: its waiting rows are due now. In bites, so that no transaction is long.
+-- "coalesce" keeps the outer part to the primary key, whatever statistics say.
 -- $1 exchange    $2 routing key    $3 default exchange    $4 rows at most
 update {outbox} as o
 set available_at = clock_timestamp()

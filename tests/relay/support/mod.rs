@@ -10,6 +10,7 @@ pub mod process;
 pub mod proxy;
 pub mod scripted;
 pub mod servers;
+pub mod store;
 pub mod world;
 
 pub use process::RelayProcess;

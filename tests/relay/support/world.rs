@@ -7,7 +7,7 @@
 use super::checker::{Received, check};
 use super::process::RelayProcess;
 use super::servers::Servers;
-use super::{DEADLINE, eventually};
+use super::{DEADLINE, eventually, store};
 use futures_util::StreamExt;
 use lapin::options::{
     BasicConsumeOptions, ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions,
@@ -408,6 +408,11 @@ impl World {
         all.map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     }
 
+    /// What a relay in this world reads from and writes to, without the relay.
+    pub fn store(&self, extra: &[(&str, &str)]) -> PostgresStore {
+        store::postgres(&resolve(&self.pairs(extra)))
+    }
+
     /// A relay inside this process.
     pub async fn relay(&self, extra: &[(&str, &str)]) -> RunningRelay {
         RunningRelay::start(resolve(&self.pairs(extra))).await
@@ -471,8 +476,7 @@ impl RunningRelay {
     /// Starts a relay between Postgres and RabbitMQ.
     pub async fn start(settings: Settings) -> Self {
         let metrics = Arc::new(Metrics::default());
-        let connector = Connector::new(settings.database.clone(), settings.transaction_pooling);
-        let store = PostgresStore::new(connector, &settings);
+        let store = store::postgres(&settings);
         let sink = RabbitMq::connect(settings.amqp.clone(), settings.confirm_timeout, Arc::clone(&metrics));
         Self::spawn(Relay::new(settings, store, sink, metrics)).await
     }
