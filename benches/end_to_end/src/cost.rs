@@ -1,7 +1,8 @@
 //! What the relay costs when there is nothing to do, what it costs the writers, and how soon it is there.
 
+use crate::process::Relay;
 use crate::run::Sample;
-use crate::stand::{Place, Stand};
+use crate::stand::{Counted, Place, ServersCpu, Stand};
 use anyhow::Result;
 use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
@@ -22,21 +23,43 @@ pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> 
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
     tokio::time::sleep(SETTLED).await;
-    let (before, servers, counted) = (relay.usage()?, stand.cpu(), place.counted().await?);
-    let begun = Instant::now();
+    let meter = Meter::start(&place, &relay).await?;
     tokio::time::sleep(lasts).await;
-    let (after, servers) = (relay.usage()?, stand.cpu().since(servers));
-    let counted = place.counted().await?.since(counted);
-    let seconds = begun.elapsed().as_secs_f64();
+    let costs = meter.read(&place, &relay).await?;
     relay.stop().await?;
     place.leave().await?;
-    Ok(vec![
-        ("CPU", "%", (after.cpu_seconds - before.cpu_seconds) / seconds * 100.0),
-        ("Postgres's CPU", "%", servers.database / seconds * 100.0),
-        ("statements", "/s", counted.statements() / seconds),
-        ("WAL", "B/s", counted.wal_bytes() / seconds),
-        ("peak RSS", "MiB", after.peak_rss_mib()),
-    ])
+    Ok(costs)
+}
+
+/// What a while costs.
+pub struct Meter {
+    begun: Instant,
+    cpu_seconds: f64,
+    servers: ServersCpu,
+    counted: Counted,
+}
+
+impl Meter {
+    /// From now on.
+    pub async fn start(place: &Place<'_>, relay: &Relay) -> Result<Self> {
+        let (cpu_seconds, servers) = (relay.usage()?.cpu_seconds, place.stand.cpu());
+        let counted = place.counted().await?;
+        Ok(Self { begun: Instant::now(), cpu_seconds, servers, counted })
+    }
+
+    /// Until now.
+    pub async fn read(self, place: &Place<'_>, relay: &Relay) -> Result<Sample> {
+        let seconds = self.begun.elapsed().as_secs_f64();
+        let (usage, servers) = (relay.usage()?, place.stand.cpu().since(self.servers));
+        let counted = place.counted().await?.since(self.counted);
+        Ok(vec![
+            ("CPU", "%", (usage.cpu_seconds - self.cpu_seconds) / seconds * 100.0),
+            ("Postgres's CPU", "%", servers.database / seconds * 100.0),
+            ("statements", "/s", counted.statements() / seconds),
+            ("WAL", "B/s", counted.wal_bytes() / seconds),
+            ("peak RSS", "MiB", usage.peak_rss_mib()),
+        ])
+    }
 }
 
 /// From the start of the process to ready, owning shards.

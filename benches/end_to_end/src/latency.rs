@@ -4,6 +4,7 @@
 //! due during it. Two spans are measured: from the moment the commit was answered, and from the moment the row was *due*,
 //! which counts what the stall kept from being written at all (coordinated omission).
 
+use crate::cost::Meter;
 use crate::run::Sample;
 use crate::stand::{NAME, Place, Stand};
 use anyhow::{Context, Result, ensure};
@@ -42,6 +43,7 @@ pub async fn steady(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Re
     let (times, consumer) = consumer(&place, rows).await?;
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
+    let meter = Meter::start(&place, &relay).await?;
     let begin = Instant::now() + Duration::from_millis(500);
     let mut tasks = Vec::new();
     for writer in 0..writers {
@@ -59,9 +61,11 @@ pub async fn steady(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Re
         task.await??;
     }
     tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
+    // Postgres's part and the statements are the writers' too.
+    let costs = meter.read(&place, &relay).await?;
     relay.stop().await?;
     place.leave().await?;
-    spans(&times)
+    Ok([spans(&times)?, costs].concat())
 }
 
 /// One row after a silence, again and again.

@@ -13,6 +13,7 @@
 //! - [`raw`], [`drain`], [`latency`], [`cost`]: how
 //! - [`stats`], [`report`], [`plot`]: what came of it
 
+mod backlog;
 mod cli;
 mod cost;
 mod distance;

@@ -89,6 +89,8 @@ pub struct Drain {
     pub apart: bool,
     /// Relays.
     pub replicas: usize,
+    /// They run already, and have for a while, when the rows are committed.
+    pub running: bool,
     /// The raw publisher it is compared with, if not the best.
     pub raw: Option<Shape>,
 }
@@ -126,6 +128,7 @@ const USUAL: Drain = Drain {
     round_trip: Duration::ZERO,
     apart: false,
     replicas: 1,
+    running: false,
     raw: None,
 };
 
@@ -133,10 +136,8 @@ use Goal::{AtLeast, AtMost};
 use Kind::{Idle, Latency, LoneRow, Start, Writers};
 use Size::{Long, Normal, Quick};
 
-/// The measure that others are compared with by [`AGAINST_USUAL`].
-pub const USUAL_NAME: &str = "marked";
-/// The figure of a drain: its ratio by that of the usual drain.
-pub const AGAINST_USUAL: &str = "against `marked`";
+/// The figure of a drain of a table with a past: its rate by that of a fresh table in the same round.
+pub const AGAINST_FRESH: &str = "against a fresh table";
 
 const fn measure(
     name: &'static str,
@@ -172,11 +173,13 @@ pub const MEASURES: &[Measure] = &[
     measure("20-bytes", Normal, Kind::Drain(Drain { bytes: 20, ..USUAL }), &[], "small rows"),
     measure("100-kB", Normal, Kind::Drain(Drain { bytes: 100_000, rows: 5_000, payload: "bytea", ..USUAL }), &[], "large rows, stored uncompressed"),
     measure("old-rows", Normal, Kind::Drain(Drain { past: Past::Delivered(10_000_000), ..USUAL }),
-        &[(AGAINST_USUAL, AtLeast(0.95))],
+        &[(AGAINST_FRESH, AtLeast(0.95))],
         "the table keeps 10 million delivered rows"),
-    measure("open-transaction", Normal, Kind::Drain(Drain { past: Past::OpenTransaction(1_000_000), ..USUAL }),
-        &[(AGAINST_USUAL, AtLeast(0.95))],
-        "a million dead index entries, and a transaction open since before"),
+    measure("open-transaction", Normal, Kind::Drain(Drain { past: Past::OpenTransaction(1_000_000), running: true, ..USUAL }),
+        &[(AGAINST_FRESH, AtLeast(0.95))],
+        "a million dead index entries, and a transaction open since before; the relay runs when the rows come"),
+    measure("open-transaction-start", Normal, Kind::Drain(Drain { past: Past::OpenTransaction(1_000_000), ..USUAL }), &[],
+        "the same, the relay is started when the rows are there"),
     measure("distant", Normal, Kind::Drain(Drain { round_trip: FIVE_MS, raw: Some(Shape { channels: 4, window: 500 }), ..USUAL }),
         &[("ratio", AtLeast(0.9))],
         "the broker 5 ms away, against raw at the same distance with the same number unconfirmed"),
@@ -219,7 +222,7 @@ pub fn list() -> String {
             Normal => "",
             Long => "long",
         };
-        format!("{:<22}{size:<7}{}", measure.name, measure.about)
+        format!("{:<24}{size:<7}{}", measure.name, measure.about)
     };
     MEASURES.iter().map(line).collect::<Vec<_>>().join("\n")
 }
@@ -233,6 +236,5 @@ mod tests {
     fn names_are_used_once() {
         let names: HashSet<_> = MEASURES.iter().map(|measure| measure.name).collect();
         assert_eq!(names.len(), MEASURES.len());
-        assert!(names.contains(USUAL_NAME));
     }
 }

@@ -62,21 +62,9 @@ impl Measured {
         measured
     }
 
-    /// The median of a figure.
-    pub fn median(&self, name: &str) -> Option<f64> {
-        self.figure(name).map(|figure| figure.spread.median)
-    }
-
     /// A figure by its name.
     pub fn figure(&self, name: &str) -> Option<&Figure> {
         self.figures.iter().find(|figure| figure.name == name)
-    }
-
-    /// A figure made of another one, if that is there.
-    pub fn add_scaled(&mut self, from: &str, name: &'static str, unit: &'static str, factor: f64) {
-        if let Some(rounds) = self.figure(from).map(|figure| figure.rounds.clone()) {
-            self.add(name, unit, rounds.into_iter().map(|value| value * factor).collect());
-        }
     }
 
     fn add(&mut self, name: &'static str, unit: &'static str, rounds: Vec<f64>) {

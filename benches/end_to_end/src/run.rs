@@ -2,7 +2,7 @@
 
 use crate::cli::Options;
 use crate::drain::Drained;
-use crate::measures::{AGAINST_USUAL, Drain, Keys, Kind, Measure, Past, Size, USUAL_NAME};
+use crate::measures::{Drain, Keys, Kind, Measure, Past, Size};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
 use crate::{cost, latency, report};
@@ -43,7 +43,6 @@ pub async fn run(options: Options) -> Result<()> {
         }
         progress.done();
     }
-    compare_with_usual(&mut all);
     let report = Report::new(&stand, &options, all, begun.elapsed()).await?;
     print!("\n{}", report.table());
     if let Some(dir) = &options.save {
@@ -112,16 +111,6 @@ fn scaled(drain: Drain, quick: bool) -> Drain {
     Drain { rows: rows.min(drain.rows), past, ..drain }
 }
 
-/// A figure more for each drain: its ratio by that of the usual one.
-fn compare_with_usual(all: &mut [Measured]) {
-    let usual =
-        all.iter().find(|measured| measured.name == USUAL_NAME).and_then(|usual| usual.median("ratio"));
-    let Some(usual) = usual else { return };
-    for measured in all.iter_mut().filter(|measured| measured.name != USUAL_NAME) {
-        measured.add_scaled("ratio", AGAINST_USUAL, "", 1.0 / usual);
-    }
-}
-
 /// A line that says what is being done.
 struct Progress {
     name: &'static str,
@@ -133,7 +122,7 @@ struct Progress {
 impl Progress {
     fn tell(&self, what: &str) {
         if std::io::stdout().is_terminal() {
-            print!("\r\x1b[2K{:>3} of {}  {:<22} {what}", self.place + 1, self.of, self.name);
+            print!("\r\x1b[2K{:>3} of {}  {:<24} {what}", self.place + 1, self.of, self.name);
             let _ = std::io::stdout().flush();
         }
     }
@@ -141,7 +130,7 @@ impl Progress {
     fn done(&self) {
         let clear = if std::io::stdout().is_terminal() { "\r\x1b[2K" } else { "" };
         println!(
-            "{clear}{:>3} of {}  {:<22} {:.0} s",
+            "{clear}{:>3} of {}  {:<24} {:.0} s",
             self.place + 1,
             self.of,
             self.name,

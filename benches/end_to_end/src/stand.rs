@@ -148,12 +148,15 @@ impl Stand {
         superuser(&self.servers, database).await
     }
 
-    /// An empty queue of that type, bound to the exchange of all measures.
+    /// An empty queue of that type, bound to the exchange of all measures, and an empty log of all quorum queues: when that
+    /// is full, which is after half a million messages, those that are still in queues are written once more. Whom it hit,
+    /// raw publisher or relay, would be chance.
     pub async fn fresh_queue(&self, kind: &str) -> Result<()> {
         let (connection, channel) = self.channel().await?;
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         channel.exchange_declare(NAME.into(), ExchangeKind::Fanout, durable, FieldTable::default()).await?;
         channel.queue_delete(NAME.into(), QueueDeleteOptions::default()).await?;
+        self.servers.rabbitmqctl(&["eval", "ra_log_wal:force_roll_over(ra_log_wal)."]).await?;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString(kind.into()));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };

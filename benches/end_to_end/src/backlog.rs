@@ -1,0 +1,204 @@
+//! A table with a past, a backlog in it, and the relays that drain it.
+
+use crate::distance;
+use crate::measures::{Drain, Keys, Past};
+use crate::process::Relay;
+use crate::stand::{Counted, Place, ServersCpu, Stand};
+use anyhow::{Result, ensure};
+use outbox_relay_chaos::proxy::{led_to, target_of};
+use sqlx::{Executor, PgConnection};
+use std::time::{Duration, Instant};
+
+/// Between two looks at the relays. Each costs them a little.
+const LOOK: Duration = Duration::from_millis(20);
+/// A drain that stands still for so long has failed.
+const STUCK: Duration = Duration::from_secs(60);
+/// After its start a relay finds out which ids belong to no row; then it has everything behind it that comes once.
+const SETTLED: Duration = Duration::from_secs(8);
+
+/// A place with its past, and what holds it open.
+pub struct Backlog<'a> {
+    place: Place<'a>,
+    drain: Drain,
+    open: Option<PgConnection>,
+}
+
+/// What a drain has taken.
+pub struct Done {
+    /// Rows a second.
+    pub rate: f64,
+    /// Of all relays together, in seconds.
+    pub cpu: f64,
+    /// Of the largest relay.
+    pub peak_rss_mib: f64,
+    /// The servers' processor time.
+    pub servers: ServersCpu,
+    /// What Postgres has counted.
+    pub counted: Counted,
+}
+
+impl<'a> Backlog<'a> {
+    /// Makes the place.
+    pub async fn prepare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Self> {
+        let place = stand.place(name).await?;
+        if drain.payload != "jsonb" {
+            let using = match drain.payload {
+                "bytea" => "convert_to(payload::text, 'UTF8')".to_owned(),
+                text => format!("payload::text::{text}"),
+            };
+            place
+                .sql(&format!("alter table outbox alter payload type {} using {using}", drain.payload))
+                .await?;
+        }
+        if drain.bytes > 2_000 {
+            place.sql("alter table outbox alter payload set storage external").await?;
+        }
+        let open = give_past(&place, drain.past).await?;
+        Ok(Self { place, drain, open })
+    }
+
+    /// Where it is.
+    pub fn stand(&self) -> &'a Stand {
+        self.place.stand
+    }
+
+    /// Ends the place.
+    pub async fn leave(self) -> Result<()> {
+        drop(self.open);
+        self.place.leave().await
+    }
+
+    /// A backlog is made and drained.
+    pub async fn drained(&self) -> Result<Done> {
+        let stand = self.place.stand;
+        if self.drain.past == Past::Fresh {
+            self.place.sql("truncate outbox").await?;
+        }
+        stand.fresh_queue(self.drain.queue).await?;
+        // Whatever the checkpoint before costs, the drain does not pay for it: rows are marked soon after they were
+        // written, on pages that are in the log already.
+        self.place.administer("checkpoint").await?;
+        let mut relays = Vec::new();
+        if self.drain.running {
+            relays = self.start().await?;
+            for relay in &relays {
+                relay.until_ready().await?;
+            }
+            tokio::time::sleep(SETTLED).await;
+        }
+        self.fill().await?;
+        let (counted, servers, cpu) = (self.place.counted().await?, stand.cpu(), cpu_seconds(&relays)?);
+        let begun = Instant::now();
+        if relays.is_empty() {
+            relays = self.start().await?;
+        }
+        self.wait(&relays).await?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let (servers, cpu) = (stand.cpu().since(servers), cpu_seconds(&relays)? - cpu);
+        let counted = self.place.counted().await?.since(counted);
+        let mut peak_rss_mib = 0.0_f64;
+        for relay in relays {
+            peak_rss_mib = peak_rss_mib.max(relay.usage()?.peak_rss_mib());
+            relay.stop().await?;
+        }
+        self.nothing_is_left().await?;
+        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted })
+    }
+
+    /// The rows, with statistics of them, in one transaction.
+    async fn fill(&self) -> Result<()> {
+        let Drain { rows, bytes, .. } = self.drain;
+        let object = format!("json_build_object('x', repeat('x', {}))", bytes.saturating_sub(9));
+        let payload = match self.drain.payload {
+            "jsonb" => object.replace("json_", "jsonb_"),
+            "json" => object,
+            "text" => format!("repeat('x', {bytes})"),
+            _ => format!("convert_to(repeat('x', {bytes}), 'UTF8')"),
+        };
+        let key = match self.drain.keys {
+            Keys::Many(keys) => format!("'key ' || i % {keys}"),
+            Keys::None => "null".to_owned(),
+        };
+        self.place
+            .sql(&format!(
+                "insert into outbox (routing_key, ordering_key, payload)
+                 select 'bench', {key}, {payload} from generate_series(1, {rows}) as i;
+                 analyze outbox"
+            ))
+            .await
+    }
+
+    async fn start(&self) -> Result<Vec<Relay>> {
+        let retention = if self.drain.delete { "0" } else { "7d" };
+        let mut settings = vec![("OUTBOX_RETENTION", retention), ("OUTBOX_ORDERING", self.drain.ordering)];
+        let url = self.amqp_url().await?;
+        settings.push(("AMQP_URL", &url));
+        (0..self.drain.replicas).map(|_| self.place.relay(&settings)).collect()
+    }
+
+    /// Until all rows are delivered and committed as such.
+    async fn wait(&self, relays: &[Relay]) -> Result<()> {
+        let (mut last, mut moved) = (0, Instant::now());
+        loop {
+            let mut delivered = 0;
+            for relay in relays {
+                delivered += relay.delivered().await;
+            }
+            if delivered >= self.drain.rows as u64 {
+                return Ok(());
+            }
+            if delivered > last {
+                (last, moved) = (delivered, Instant::now());
+            }
+            ensure!(moved.elapsed() < STUCK, "nothing was delivered for a minute, after {delivered} rows");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn nothing_is_left(&self) -> Result<()> {
+        let pending = self.place.number("select count(*) from outbox where delivered_at is null").await?;
+        let received = self.place.stand.take_all().await?;
+        ensure!(
+            pending == 0 && received == self.drain.rows as u64,
+            "{pending} rows pending, {received} messages received"
+        );
+        Ok(())
+    }
+
+    /// The broker's URL, through a proxy if it is further away.
+    pub async fn amqp_url(&self) -> Result<String> {
+        let url = self.place.stand.amqp_url();
+        if self.drain.round_trip.is_zero() {
+            return Ok(url.to_owned());
+        }
+        let proxy = distance::proxy(target_of(url), self.drain.round_trip / 2).await?;
+        Ok(led_to(proxy, url))
+    }
+}
+
+async fn give_past(place: &Place<'_>, past: Past) -> Result<Option<PgConnection>> {
+    match past {
+        Past::Fresh => Ok(None),
+        Past::Delivered(rows) => {
+            let past = "insert into outbox (routing_key, payload, delivered_at)
+                        select 'past', '{}', clock_timestamp() from generate_series(1, ";
+            place.sql(&format!("{past}{rows}) as i")).await?;
+            place.sql("vacuum analyze outbox").await?;
+            Ok(None)
+        }
+        Past::OpenTransaction(rows) => {
+            let mut open = place.db().await?;
+            open.execute("begin isolation level repeatable read; select count(*) from outbox").await?;
+            let past =
+                "insert into outbox (routing_key, payload) select 'past', '{}' from generate_series(1, ";
+            place.sql(&format!("{past}{rows}) as i")).await?;
+            place.sql("update outbox set delivered_at = clock_timestamp()").await?;
+            place.sql("vacuum analyze outbox").await?;
+            Ok(Some(open))
+        }
+    }
+}
+
+fn cpu_seconds(relays: &[Relay]) -> Result<f64> {
+    relays.iter().map(|relay| Ok(relay.usage()?.cpu_seconds)).sum()
+}
