@@ -11,7 +11,7 @@ const WRITE: &str = "insert into outbox (routing_key, payload) values ('ok.1', '
 
 /// How long a row waits whose relay looks for it less and less often.
 const SILENCE: Duration = Duration::from_secs(20);
-/// Without a watch, reads would follow the one before after 2 ms, 4 ms and so on, twice as long each time: 16.4 s and 32.8 s
+/// Without a watch, reads would follow the one before after 1 ms, 2 ms and so on, twice as long each time: 16.4 s and 32.8 s
 /// after the first row, and not in between.
 const SOON: Duration = Duration::from_secs(6);
 

@@ -33,7 +33,7 @@ use watching::{VAIN_PAUSE_MAX, Watching};
 /// Ranges in one statement at most; each costs an index descent.
 const RANGES_MAX: usize = 64;
 /// Shortest pause after a read that found little: bounds the statements per second of a trickle.
-const PAUSE_MIN: Duration = Duration::from_millis(2);
+const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Size assumed of rows before any was seen: large, so that the first answer is small.
 const FIRST_ROW_BYTES: usize = 256 * 1024;
 /// A read that finds little may take long, when many rows wait behind a refused one. It is followed by this
