@@ -14,8 +14,8 @@
 
 use std::collections::BTreeMap;
 
-/// Intervals kept at most; above, the smallest are forgotten. An interval is 16 bytes and a tree node's
-/// share; ten thousand holes at once mean that the ids are sparse anyway.
+/// Intervals kept at most; above, the smaller half is forgotten, all at once, so that it costs each id little. An interval is
+/// 16 bytes and a tree node's share; ten thousand holes at once mean that the ids are sparse anyway.
 const INTERVALS_MAX: usize = 10_000;
 
 /// A set of ids as disjoint, non-adjacent intervals.
@@ -57,7 +57,7 @@ impl Known {
         }
         self.intervals.insert(first, last);
         if self.intervals.len() > INTERVALS_MAX {
-            self.forget_smallest();
+            self.forget_smaller_half();
         }
     }
 
@@ -125,11 +125,11 @@ impl Known {
         self.add_interval(first, last);
     }
 
-    fn forget_smallest(&mut self) {
-        let size = |interval: &(&i64, &i64)| interval.1.abs_diff(*interval.0);
-        if let Some((&first, _)) = self.intervals.iter().min_by_key(size) {
-            self.intervals.remove(&first);
-        }
+    fn forget_smaller_half(&mut self) {
+        let mut intervals: Vec<(i64, i64)> = std::mem::take(&mut self.intervals).into_iter().collect();
+        let middle = intervals.len() / 2;
+        intervals.select_nth_unstable_by_key(middle, |(first, last)| last.abs_diff(*first));
+        self.intervals.extend(intervals.drain(middle..));
     }
 }
 

@@ -88,6 +88,13 @@ impl Shards {
         gained
     }
 
+    /// Shards of others, whose rows may be passed for good: should one of them come to us, that is news.
+    pub fn pass_others(&mut self, holdings: &Holdings) -> Vec<u32> {
+        let held = holdings.leases();
+        self.read.retain(|lease| find(&held, lease.shard).is_some());
+        (0..holdings.shards()).filter(|shard| find(&held, *shard).is_none()).collect()
+    }
+
     /// Leaving shards that have run empty, each told once.
     pub fn take_drained(&mut self, holdings: &Holdings) -> Vec<Lease> {
         if !holdings.has_leaving() {
@@ -170,6 +177,17 @@ mod tests {
         assert!(!shards.note_read(&[lease(0, 1)]), "losing is not gaining");
         assert!(!shards.note_read(&[lease(0, 1), lease(1, 1)]), "the same epoch: nobody had it in between");
         assert!(shards.note_read(&[lease(0, 1), lease(1, 2)]), "a new epoch");
+    }
+
+    #[test]
+    fn a_shard_whose_rows_were_passed_is_news_whoever_had_it() {
+        let mut shards = Shards::default();
+        let both = [lease(0, 1), lease(1, 1)];
+        shards.note_read(&both);
+        assert_eq!(shards.pass_others(&holdings(4, &both)), [2, 3]);
+        assert!(!shards.note_read(&both));
+        assert_eq!(shards.pass_others(&holdings(4, &both[..1])), [1, 2, 3]);
+        assert!(shards.note_read(&both), "the same epoch, and yet its rows were passed");
     }
 
     #[test]

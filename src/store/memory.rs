@@ -222,17 +222,25 @@ impl Store for MemoryStore {
         let (now, in_flight) = (Instant::now(), ask.in_flight.iter().collect::<HashSet<_>>());
         let wanted = |stored: &&Stored| {
             let row = &stored.row;
+            let shard = shard_of(row, ask.share.shards);
+            let due = || {
+                stored.available_at <= now
+                    && !(row.attempts > 0 && ask.parked.contains(&row.route))
+                    && !(ask.keep_order && table.held_back(row))
+                    && ask.share.lease(shard).is_some()
+            };
             stored.pending()
-                && stored.available_at <= now
                 && !in_flight.contains(&row.id)
                 && ask.ranges.iter().any(|(first, last)| (first..=last).contains(&&row.id))
-                && !(row.attempts > 0 && ask.parked.contains(&row.route))
-                && !(ask.keep_order && table.held_back(row))
-                && ask.share.lease(shard_of(row, ask.share.shards)).is_some()
+                && (ask.others.include(row.id, shard) || due())
         };
         let mut read = Read::default();
         let mut bytes = 0;
         for stored in table.rows.values().filter(wanted).take(ask.rows) {
+            if ask.others.include(stored.row.id, shard_of(&stored.row, ask.share.shards)) {
+                read.passed.push(stored.row.id);
+                continue;
+            }
             bytes += stored.row.bytes();
             if bytes > ask.bytes && !(ask.room_for_any && read.rows.is_empty()) {
                 read.more = true;
@@ -240,7 +248,7 @@ impl Store for MemoryStore {
             }
             read.rows.extend(read_under(&stored.row, ask.share));
         }
-        read.more |= read.rows.len() >= ask.rows;
+        read.more |= read.rows.len() + read.passed.len() >= ask.rows;
         Ok(read)
     }
 

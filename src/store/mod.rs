@@ -106,6 +106,25 @@ pub struct Ask<'a> {
     pub parked: &'a [Arc<Route>],
     /// Whose rows.
     pub share: Share<'a>,
+    /// Whose rows are told by their ids.
+    pub others: Others<'a>,
+}
+
+/// Rows of others that are told by their ids, due or not, and count as rows: who knows them need not pass them again.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Others<'a> {
+    /// Their shards, ascending.
+    pub shards: &'a [u32],
+    /// Only ids above this one are told. Up to there ids that are known may be asked for again, when there are more gaps
+    /// between them than ranges.
+    pub after: i64,
+}
+
+impl Others<'_> {
+    /// It is told.
+    pub fn include(&self, id: i64, shard: u32) -> bool {
+        id > self.after && self.shards.binary_search(&shard).is_ok()
+    }
 }
 
 /// The part of all rows that a replica reads.
@@ -152,6 +171,8 @@ pub struct Watch<'a> {
 pub struct Read {
     /// The rows, in id order.
     pub rows: Vec<Row>,
+    /// Ids of rows of others among them.
+    pub passed: Vec<i64>,
     /// There may be more that did not fit.
     pub more: bool,
     /// The answer was cut off at the budget of bytes, so its connection still carries the rest.

@@ -5,7 +5,8 @@ use crate::support::store::{ALL, ALL_SHARDS, LEASE, ask, member};
 use outbox_relay::store::leases::LeaseTable;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{
-    Ask, Bite, Dead, Delivered, Lease, PostgresStore, Route, Row, Settlement, Share, Store, Waiting, Watch,
+    Ask, Bite, Dead, Delivered, Lease, Others, PostgresStore, Read, Route, Row, Settlement, Share, Store,
+    Waiting, Watch,
 };
 use sqlx::Executor;
 use std::collections::{HashMap, HashSet};
@@ -113,6 +114,7 @@ async fn keeps_the_contract(subject: &impl Subject) {
     settles_all_kinds_and_twice(subject).await;
     counts_and_purges(subject).await;
     reads_only_its_share(subject).await;
+    tells_rows_of_others_by_their_ids(subject).await;
     refusals_need_the_lease_and_deliveries_do_not(subject).await;
     outcomes_are_those_of_a_message_not_of_an_id(subject).await;
 }
@@ -305,6 +307,46 @@ async fn reads_only_its_share(subject: &impl Subject) {
     let shards: HashSet<u32> = shard_of_key.values().copied().collect();
     assert!(shards.len() > 1, "keys are spread");
     store.settle(&Settlement { delivered: sent(found), ..Settlement::default() }).await.expect("settle");
+}
+
+/// Also those that are not due, and those behind a refused row of their key: nothing of them is this reader's business but
+/// that they are there.
+async fn tells_rows_of_others_by_their_ids(subject: &impl Subject) {
+    const IDS: std::ops::RangeInclusive<i64> = 211..=250;
+    let store = subject.store();
+    for id in IDS {
+        subject.insert(id, Some(&format!("key {}", id % 20)), "r", 10).await;
+    }
+    store.settle(&waiting(211, Duration::from_secs(600))).await.expect("settle");
+    let ranges = [(*IDS.start(), *IDS.end())];
+    for shard in 0..4 {
+        let leases = [Lease { shard, epoch: 7 }];
+        let others: Vec<u32> = (0..4).filter(|other| *other != shard).collect();
+        let mine = Ask { ranges: &ranges, share: Share { shards: 4, leases: &leases }, ..ask(1000) };
+        let own = ids(store, mine).await;
+        let Read { rows, mut passed, more, .. } =
+            store.poll(Ask { others: Others { shards: &others, after: 0 }, ..mine }).await.expect("poll");
+        assert_eq!(rows.iter().map(|row| row.id).collect::<Vec<_>>(), own, "others' rows come besides");
+        assert!(rows.iter().all(|row| row.payload.len() == 10 && row.defect.is_none()) && !more);
+        passed.extend(own);
+        passed.sort_unstable();
+        let held_back_here = passed.len() < IDS.count();
+        let all: Vec<i64> = IDS.filter(|id| !(held_back_here && id % 20 == 211 % 20)).collect();
+        assert_eq!(passed, all, "everything is told of others, and of one's own what may be sent");
+    }
+    let others = Others { shards: &[0, 1, 2, 3], after: 0 };
+    let all = Ask { ranges: &ranges, share: Share { shards: 4, leases: &[] }, others, ..ask(10) };
+    let read = store.poll(all).await.expect("poll");
+    assert_eq!(
+        (read.rows.len(), read.passed, read.more),
+        (0, (211..=220).collect(), true),
+        "they count as rows"
+    );
+    let read = store.poll(Ask { in_flight: &[211, 213], ..all }).await.expect("poll");
+    assert_eq!(read.passed[..3], [212, 214, 215], "what is in flight is not told");
+    let read = store.poll(Ask { others: Others { after: 248, ..others }, ..all }).await.expect("poll");
+    assert_eq!((read.passed, read.more), (vec![249, 250], false), "only what is new");
+    store.settle(&Settlement { delivered: sent(IDS), ..Settlement::default() }).await.expect("settle");
 }
 
 async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {

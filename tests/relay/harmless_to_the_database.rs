@@ -1,9 +1,12 @@
 //! Promise 10: no transaction is open while the broker is waited for, and other people's transactions
 //! stall nothing.
 
+use crate::support::store::member;
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
+use outbox_relay::store::LeaseTable;
 use sqlx::{Connection, Executor};
+use std::time::Duration;
 
 /// An open transaction in the same database, with a write of its own, stalls nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -38,10 +41,10 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
     world.drained().await;
     // Reads of the pending index from here on: a handful a poll, not thirty thousand.
     let read = "select coalesce(sum(idx_tup_read), 0)::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pending'";
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let (before, scans_before) =
         (world.number(read).await, world.number(&read.replace("idx_tup_read", "idx_scan")).await);
-    tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
     let (after, scans_after) =
         (world.number(read).await, world.number(&read.replace("idx_tup_read", "idx_scan")).await);
     let (rows, scans) = (after - before, scans_after - scans_before);
@@ -52,6 +55,39 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
     transaction.rollback().await.expect("roll back");
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;
+}
+
+/// Rows of another replica, which may take its time to deliver them, are walked over once, not by each read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_another_replica_are_passed_once() {
+    const BACKLOG: i64 = 20_000;
+    let world = World::new().await;
+    let settings = [
+        ("OUTBOX_SHARDS", "2"),
+        ("OUTBOX_POLL_INTERVAL", "20ms"),
+        ("OUTBOX_SWEEP_INTERVAL", "1h"),
+        ("OUTBOX_LONG_POLL", "false"),
+    ];
+    // One that owns a shard, and delivers nothing.
+    let (other, me) = (world.store(&settings), member(1, 2));
+    let both = other.renew(me, &[]).await.expect("renew").leases;
+    let relay = world.relay(&settings).await;
+    eventually("there are two", async || other.look(me).await.expect("look").quota == 1).await;
+    assert_eq!(other.renew(me, &both[1..]).await.expect("renew").leases, both[..1]);
+    world.write(BACKLOG, 1000).await;
+    let own = "select count(*) from outbox where delivered_at is null
+               and (hashtextextended(ordering_key, 0) & 9223372036854775807) % 2 = 1";
+    world.until(own, 0).await;
+    // Two hundred reads.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    relay.stop().await.expect("clean stop");
+    let read = "select idx_tup_read::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pending'";
+    world.until_at_least(read, BACKLOG).await;
+    let entries = world.number(read).await;
+    eprintln!("{entries} index entries read");
+    // The counts of health walk over them too, once a second.
+    assert!(entries < 20 * BACKLOG, "{entries} index entries read");
+    world.finish(Allowed { pending: true, ..Allowed::default() }).await;
 }
 
 /// A sweep ends although a backlog stands behind it, and does not walk over what was delivered meanwhile.
@@ -89,7 +125,7 @@ async fn no_transaction_is_open_while_the_broker_is_waited_for() {
     let in_transaction = "select count(*) from pg_stat_activity where application_name = 'outbox-relay' and xact_start < clock_timestamp() - interval '1 second'";
     for _ in 0..20 {
         assert_eq!(world.number(in_transaction).await, 0);
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     world.servers().control("resume", "rabbitmq").await;
     world.drained().await;
@@ -119,7 +155,7 @@ async fn locked_table_is_waited_for(pooling: &str) {
         where application_name = 'outbox-relay' and datname = current_database() and wait_event_type = 'Lock'";
     for _ in 0..80 {
         assert!(world.number(waiting).await <= 6, "a statement of ours queues behind the lock");
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     transaction.rollback().await.expect("roll back");
     world.write(1000, 10).await;

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 const LOOK: Duration = Duration::from_millis(20);
 /// A drain that stands still for so long has failed.
 const STUCK: Duration = Duration::from_secs(60);
-/// After its start a relay finds out which ids belong to no row; then it has everything behind it that comes once.
+/// What a relay that runs already has delivered before.
+const FIRST: usize = 1;
+/// Some seconds after the first row it has read, a relay knows which ids before it belong to none.
 const SETTLED: Duration = Duration::from_secs(8);
 
 /// A place with its past, and what holds it open.
@@ -80,19 +82,19 @@ impl<'a> Backlog<'a> {
         self.place.administer("checkpoint").await?;
         let mut relays = Vec::new();
         if self.drain.running {
+            self.fill(FIRST).await?;
             relays = self.start().await?;
-            for relay in &relays {
-                relay.until_ready().await?;
-            }
+            self.wait(&relays, FIRST).await?;
             tokio::time::sleep(SETTLED).await;
         }
-        self.fill().await?;
+        let first = if self.drain.running { FIRST } else { 0 };
+        self.fill(self.drain.rows - first).await?;
         let (counted, servers, cpu) = (self.place.counted().await?, stand.cpu(), cpu_seconds(&relays)?);
         let begun = Instant::now();
         if relays.is_empty() {
             relays = self.start().await?;
         }
-        self.wait(&relays).await?;
+        self.wait(&relays, self.drain.rows).await?;
         let seconds = begun.elapsed().as_secs_f64();
         let (servers, cpu) = (stand.cpu().since(servers), cpu_seconds(&relays)? - cpu);
         let counted = self.place.counted().await?.since(counted);
@@ -105,9 +107,9 @@ impl<'a> Backlog<'a> {
         Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted })
     }
 
-    /// The rows, with statistics of them, in one transaction.
-    async fn fill(&self) -> Result<()> {
-        let Drain { rows, bytes, .. } = self.drain;
+    /// So many rows, with statistics of them, in one transaction.
+    async fn fill(&self, rows: usize) -> Result<()> {
+        let bytes = self.drain.bytes;
         let object = format!("json_build_object('x', repeat('x', {}))", bytes.saturating_sub(9));
         let payload = match self.drain.payload {
             "jsonb" => object.replace("json_", "jsonb_"),
@@ -136,15 +138,15 @@ impl<'a> Backlog<'a> {
         (0..self.drain.replicas).map(|_| self.place.relay(&settings)).collect()
     }
 
-    /// Until all rows are delivered and committed as such.
-    async fn wait(&self, relays: &[Relay]) -> Result<()> {
+    /// Until so many rows are delivered and committed as such.
+    async fn wait(&self, relays: &[Relay], rows: usize) -> Result<()> {
         let (mut last, mut moved) = (0, Instant::now());
         loop {
             let mut delivered = 0;
             for relay in relays {
                 delivered += relay.delivered().await;
             }
-            if delivered >= self.drain.rows as u64 {
+            if delivered >= rows as u64 {
                 return Ok(());
             }
             if delivered > last {

@@ -19,7 +19,7 @@ use crate::mutants::mutant;
 use crate::ownership::Holdings;
 use crate::retry::Delays;
 use crate::sink::SinkState;
-use crate::store::{Ask, Lease, Read, Route, Row, Share, Store, StoreError, Trouble};
+use crate::store::{Ask, Lease, Others, Read, Route, Row, Share, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -30,8 +30,9 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use watching::{VAIN_PAUSE_MAX, Watching};
 
-/// Ranges in one statement at most; each costs an index descent.
-const RANGES_MAX: usize = 64;
+/// Ranges in one statement at most; each costs an index descent, and what lies between two that are joined is walked over.
+/// With replicas there are many: what another one has delivered before we came by looks like a gap.
+const RANGES_MAX: usize = 512;
 /// Shortest pause after a read that found little: bounds the statements per second of a trickle.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Size assumed of rows before any was seen: large, so that the first answer is small.
@@ -402,6 +403,7 @@ impl<S: Store> Poll<S> {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
         };
+        let others = self.shards.pass_others(&self.holdings.borrow());
         let in_flight = self.in_flight_unless(exact);
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
         let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
@@ -414,11 +416,13 @@ impl<S: Store> Poll<S> {
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
             share: Share { shards: self.holdings.borrow().shards(), leases: &leases },
+            others: Others { shards: &others, after: self.last_read },
         };
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
         let started = Instant::now();
-        let Read { mut rows, more, cut_off: _ } = self.pulse.beat_during(self.store.poll(ask)).await?;
+        let Read { mut rows, passed, more, cut_off: _ } =
+            self.pulse.beat_during(self.store.poll(ask)).await?;
         self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
         self.delays = Delays::default();
         let swept = self.sweeping && !more;
@@ -430,12 +434,18 @@ impl<S: Store> Poll<S> {
         rows.retain(|row| !held(row));
         let found = match (more, rows.is_empty()) {
             (true, false) => Found::More,
+            // It has got on.
+            (true, true) if !passed.is_empty() => Found::More,
             (true, true) => Found::TooLarge,
             // It has not looked at what is new.
             (false, true) if swept => Found::More,
             (false, false) => Found::Some,
             (false, true) => Found::Nothing,
         };
+        for id in passed {
+            self.last_read = self.last_read.max(id);
+            self.known.add(id);
+        }
         self.remember_row_size(&rows);
         if self.sweeping_found_known_ids(&rows) {
             self.forget_what_is_settled();

@@ -3,7 +3,7 @@
 //! A row is taken only while the budget of bytes has room; the rest of the answer is given up together with
 //! its connection, so memory is bounded by the budget and one row, and no snapshot is held on the server.
 
-use super::decode::{COLUMNS, Column, Decoder, Wire};
+use super::decode::{COLUMNS, Column, Decoder, Wire, of_others};
 use crate::store::{Ask, Read, Row};
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt};
@@ -22,7 +22,12 @@ pub(super) async fn read(
     let mut bytes = 0;
     let mut decoder = Decoder::new(ask.share, default_exchange);
     while let Some(raw) = answer.try_next().await? {
-        let row = row(&raw, &mut decoder)?;
+        let wire = wire(&raw)?;
+        if let Some(id) = of_others(&wire, ask.others.shards).map_err(not_of_its_type)? {
+            read.passed.push(id);
+            continue;
+        }
+        let row = row(&raw, &wire, &mut decoder)?;
         bytes += row.bytes();
         let first_of_all = ask.room_for_any && read.rows.is_empty();
         if bytes > ask.bytes && !first_of_all {
@@ -31,12 +36,17 @@ pub(super) async fn read(
         }
         read.rows.push(row);
     }
-    read.more |= read.rows.len() >= ask.rows;
+    read.more |= read.rows.len() + read.passed.len() >= ask.rows;
     Ok(read)
 }
 
-/// One row, columns in the order of `sql/columns.sql`.
-pub(super) fn row(raw: &PgRow, decoder: &mut Decoder<'_>) -> Result<Row, sqlx::Error> {
+/// A row that is not passed.
+pub(super) fn single(raw: &PgRow, decoder: &mut Decoder<'_>) -> Result<Row, sqlx::Error> {
+    row(raw, &wire(raw)?, decoder)
+}
+
+/// Columns in the order of `sql/columns.sql`.
+fn wire(raw: &PgRow) -> Result<Wire<'_>, sqlx::Error> {
     let mut wire: Wire<'_> = [None; COLUMNS];
     for (place, bytes) in wire.iter_mut().enumerate() {
         let value = raw.try_get_raw(place)?;
@@ -45,6 +55,10 @@ pub(super) fn row(raw: &PgRow, decoder: &mut Decoder<'_>) -> Result<Row, sqlx::E
             *bytes = Some(bytes_of(&value)?.get(start..).unwrap_or_default());
         }
     }
+    Ok(wire)
+}
+
+fn row(raw: &PgRow, wire: &Wire<'_>, decoder: &mut Decoder<'_>) -> Result<Row, sqlx::Error> {
     let payload = match wire[Column::Payload as usize] {
         Some(content) if content.len() >= COPY_LIMIT_BYTES => {
             let value = raw.try_get_raw(Column::Payload as usize)?;
@@ -53,7 +67,11 @@ pub(super) fn row(raw: &PgRow, decoder: &mut Decoder<'_>) -> Result<Row, sqlx::E
         }
         content => Bytes::copy_from_slice(content.unwrap_or_default()),
     };
-    decoder.row(&wire, payload).map_err(|error| sqlx::Error::Decode(error.into()))
+    decoder.row(wire, payload).map_err(not_of_its_type)
+}
+
+fn not_of_its_type(error: String) -> sqlx::Error {
+    sqlx::Error::Decode(error.into())
 }
 
 /// Binary `jsonb` begins with a version byte; the text of the document follows.

@@ -68,7 +68,7 @@ impl<'a> Decoder<'a> {
             headers,
             created_at_micros: integer(wire, Column::CreatedAt)?.saturating_add(EPOCH_MICROS),
             attempts: u32::try_from(integer(wire, Column::Attempts)?).unwrap_or(0),
-            lease: self.lease(integer(wire, Column::Shard)? as u32),
+            lease: self.lease(shard(wire)?),
             defect: (!defects.is_empty()).then(|| defects.join("; ")),
         })
     }
@@ -88,6 +88,19 @@ impl<'a> Decoder<'a> {
     fn lease(&self, shard: u32) -> Lease {
         self.share.lease(shard).unwrap_or(Lease { shard, epoch: -1 })
     }
+}
+
+/// The id of a row that belongs to one of these shards, which are sorted. Nothing else is read of it: what is wrong with it is
+/// for its owner to find.
+pub fn of_others(wire: &Wire<'_>, others: &[u32]) -> Result<Option<i64>, String> {
+    if others.is_empty() || others.binary_search(&shard(wire)?).is_err() {
+        return Ok(None);
+    }
+    integer(wire, Column::Id).map(Some)
+}
+
+fn shard(wire: &Wire<'_>) -> Result<u32, String> {
+    Ok(integer(wire, Column::Shard)? as u32)
 }
 
 fn bytes<'r>(wire: &Wire<'r>, column: Column) -> &'r [u8] {
@@ -129,7 +142,8 @@ fn is_null(column: Column) -> String {
 
 fn name(column: Column) -> &'static str {
     let names = include_str!("../sql/columns.sql").trim();
-    names.split(", ").nth(column as usize).map_or("?", |name| name.trim_start_matches("o."))
+    let name = names.split(", ").nth(column as usize).unwrap_or("?");
+    name.trim_start_matches("o.").trim_matches(['{', '}'])
 }
 
 #[cfg(test)]

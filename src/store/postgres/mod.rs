@@ -18,8 +18,7 @@ mod statements;
 pub use session::Connector;
 
 use super::{
-    Ask, Bite, Census, Delivered, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError,
-    Watch,
+    Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Watch,
 };
 use crate::config::Settings;
 use decode::Decoder;
@@ -74,7 +73,9 @@ impl PostgresStore {
             .bind(shards_of(ask.share))
             .bind(exchanges)
             .bind(keys)
-            .bind(&*self.default_exchange);
+            .bind(&*self.default_exchange)
+            .bind((!ask.others.shards.is_empty()).then(|| numbers(ask.others.shards.iter().copied())))
+            .bind(ask.others.after);
         let read = answer::read(query.fetch(session.connection()), ask, &self.default_exchange).await?;
         if read.cut_off {
             session.spoil();
@@ -159,7 +160,7 @@ impl PostgresStore {
             .bind(shards_of(share));
         let row = query.fetch_optional(session.connection()).await?;
         let mut decoder = Decoder::new(share, &self.default_exchange);
-        row.map(|row| answer::row(&row, &mut decoder)).transpose()
+        row.map(|row| answer::single(&row, &mut decoder)).transpose()
     }
 
     async fn run_release(
@@ -296,8 +297,11 @@ fn attempts(count: u32) -> i32 {
 
 /// The shards to read; null for all, which costs the statement nothing.
 fn shards_of(share: Share<'_>) -> Option<Vec<i32>> {
-    let shard = |lease: &Lease| lease.shard as i32;
-    (!share.is_everything()).then(|| share.leases.iter().map(shard).collect())
+    (!share.is_everything()).then(|| numbers(share.leases.iter().map(|lease| lease.shard)))
+}
+
+fn numbers(shards: impl Iterator<Item = u32>) -> Vec<i32> {
+    shards.map(|shard| shard as i32).collect()
 }
 
 /// Postgres stores no NUL in a text.

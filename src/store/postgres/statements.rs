@@ -38,9 +38,11 @@ impl Statements {
         let renew = include_str!("../sql/renew_leases.sql");
         let renew = renew.replace("{look}", include_str!("../sql/look_at_leases.sql").trim());
         let renew = renew.replace("{quota}", include_str!("../sql/quota.sql").trim());
+        let poll =
+            with_payload(include_str!("../sql/poll.sql"), "case when not {of_others} then o.payload end");
         Self {
-            poll: prepare(include_str!("../sql/poll.sql")),
-            probe: prepare(include_str!("../sql/probe.sql")),
+            poll: prepare(&poll),
+            probe: prepare(&with_payload(include_str!("../sql/probe.sql"), "o.payload")),
             release: prepare(include_str!("../sql/release.sql")),
             horizon: prepare(include_str!("../sql/horizon.sql")),
             mark_delivered: prepare(include_str!("../sql/mark_delivered.sql")),
@@ -99,11 +101,17 @@ fn fill<const N: usize>(text: &str, values: [(&str, String); N]) -> SqlStr {
     AssertSqlSafe(values.into_iter().fold(text.to_owned(), fill)).into_sql_str()
 }
 
+/// Puts the columns of a row in, with this for its payload.
+fn with_payload(text: &str, payload: &str) -> String {
+    let columns = include_str!("../sql/columns.sql").trim();
+    text.replace("{columns}", &columns.replace("{payload}", payload))
+}
+
 /// Puts shared parts and names of tables in.
 fn name_tables(text: &str, table: &TableName) -> String {
     let lease = table.with_suffix(LEASE);
     let literal = format!("'{}'", lease.replace('\'', "''"));
-    text.replace("{columns}", include_str!("../sql/columns.sql").trim())
+    text.replace("{of_others}", include_str!("../sql/of_others.sql").trim())
         .replace("{shard}", include_str!("../sql/shard.sql").trim())
         .replace("{not_in_flight}", include_str!("../sql/not_in_flight.sql").trim())
         .replace("{sent}", include_str!("../sql/sent.sql").trim())

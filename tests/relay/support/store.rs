@@ -3,7 +3,7 @@
 use outbox_relay::config::Settings;
 use outbox_relay::store::leases::Member;
 use outbox_relay::store::postgres::Connector;
-use outbox_relay::store::{Ask, Lease, PostgresStore, Share};
+use outbox_relay::store::{Ask, Lease, Others, PostgresStore, Share};
 use std::time::Duration;
 
 /// All ids.
@@ -37,5 +37,6 @@ pub fn ask(rows: usize) -> Ask<'static> {
         keep_order: true,
         parked: &[],
         share: ALL_SHARDS,
+        others: Others::default(),
     }
 }

@@ -1,0 +1,2 @@
+-- A row of a shard that another replica reads, beyond what has been read.
+($11::int[] is not null and o.id > $12 and {shard} = any ($11))
