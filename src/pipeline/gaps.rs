@@ -1,7 +1,9 @@
 //! Which ids that were passed over will never appear, so that they need not be asked for again.
 //!
-//! An id is given out before its row is committed. It can still appear as long as a transaction runs that ran when the
-//! id was passed, or that has taken it and written nothing yet.
+//! An id is given out before its row is committed, and can appear as long as the transaction runs that has taken it. A
+//! transaction that has written has a number, and every snapshot tells that it runs; before its first write nothing tells of
+//! it. [`AGE`] is longer than it takes from the one to the other. So who has taken an id that has been missing for that long
+//! has a number by now: when all have ended that have one now, the id will never appear.
 
 use super::known::Known;
 use crate::mutants::mutant;
@@ -10,62 +12,105 @@ use std::time::{Duration, Instant};
 
 /// How often gaps between ids are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How long an id must have been passed over, besides the end of every transaction that ran then. Covers the
-/// moment between `nextval` and the first write of a transaction, in which it has no id yet.
-const AGE: Duration = Duration::from_secs(5);
+/// Longest time between `nextval` and the first write of its transaction.
+pub const AGE: Duration = Duration::from_secs(5);
 /// Pending ids looked at per horizon.
 pub const HORIZON_IDS: usize = 1000;
 
 /// What is known of the ids between those that were read.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Gaps {
     note: Option<Note>,
-    looked_at: Instant,
+    looked_at: Option<Instant>,
 }
 
-/// What had been passed over when, and which transactions might still fill it.
+/// What has been passed over, and since when.
 #[derive(Debug, Clone, Copy)]
 struct Note {
     last: i64,
-    xmax: u64,
-    at: Instant,
-}
-
-impl Default for Gaps {
-    fn default() -> Self {
-        Self { note: None, looked_at: Instant::now() }
-    }
+    /// `None`: for longer than [`AGE`].
+    since: Option<Instant>,
+    /// Above all transactions that had a number when it had been missing for [`AGE`].
+    xmax: Option<u64>,
 }
 
 impl Gaps {
     /// It is time for a look, and this is it.
     pub fn is_due(&mut self) -> bool {
-        let due = self.looked_at.elapsed() >= INTERVAL;
+        let due = self.looked_at.is_none_or(|at| at.elapsed() >= INTERVAL);
         if due {
-            self.looked_at = Instant::now();
+            self.looked_at = Some(Instant::now());
         }
         due
     }
 
-    /// The horizon is asked for up to this id.
-    pub fn last(&self) -> i64 {
-        self.note.map_or(i64::MIN, |note| note.last)
+    /// Nothing is noted yet: see [`Gaps::begin`].
+    pub fn is_new(&self) -> bool {
+        self.note.is_none()
     }
 
-    /// Takes in a horizon: what it does not list up to [`Gaps::last`] is known from now on, if it can no longer appear.
+    /// What has been passed over up to now: up to `long_passed` by others, [`AGE`] ago and more; or just now up to `last_read`.
+    pub fn begin(&mut self, long_passed: Option<i64>, last_read: i64) {
+        self.note = Some(match long_passed {
+            Some(last) => Note { last, since: None, xmax: None },
+            None => Note::of_now(last_read),
+        });
+    }
+
+    /// The horizon is asked for up to this id, if that may tell anything now.
+    pub fn ripe(&self) -> Option<i64> {
+        let ripe = |note: &Note| note.since.is_none_or(|since| since.elapsed() >= AGE);
+        self.note.filter(|note| ripe(note) || mutant!("close-gaps-at-once")).map(|note| note.last)
+    }
+
+    /// Takes in a horizon: what it does not list up to [`Gaps::ripe`] is known from now on, if it can no longer appear.
     pub fn take(&mut self, horizon: &Horizon, last_read: i64, known: &mut Known) {
-        let fresh = Note { last: last_read, xmax: horizon.xmax, at: Instant::now() };
-        let Some(note) = self.note else {
-            self.note = Some(fresh);
+        let Some(note) = &mut self.note else { return };
+        let xmax = *note.xmax.get_or_insert(horizon.xmax);
+        if horizon.xmin < xmax && !mutant!("close-gaps-at-once") {
             return;
-        };
-        let nothing_can_appear = horizon.xmin >= note.xmax && note.at.elapsed() >= AGE;
-        if nothing_can_appear || mutant!("close-gaps-at-once") {
-            let complete = horizon.pending.len() < HORIZON_IDS;
-            let last =
-                if complete { note.last } else { horizon.pending.last().copied().unwrap_or(note.last) };
-            known.close_gaps(last, &horizon.pending);
-            self.note = Some(fresh);
         }
+        let complete = horizon.pending.len() < HORIZON_IDS;
+        let last = if complete { note.last } else { horizon.pending.last().copied().unwrap_or(note.last) };
+        known.close_gaps(last, &horizon.pending);
+        self.note = Some(Note::of_now(last_read));
+    }
+}
+
+impl Note {
+    fn of_now(last: i64) -> Self {
+        Self { last, since: Some(Instant::now()), xmax: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn horizon(xmin: u64, xmax: u64, pending: &[i64]) -> Horizon {
+        Horizon { xmin, xmax, pending: pending.to_vec() }
+    }
+
+    #[test]
+    fn what_is_missed_just_now_is_left_open() {
+        let mut gaps = Gaps::default();
+        assert!(gaps.is_due() && !gaps.is_due() && gaps.is_new());
+        gaps.begin(None, 10);
+        assert_eq!(gaps.ripe(), None);
+    }
+
+    #[test]
+    fn gaps_are_closed_when_all_have_ended_that_had_a_number_when_they_were_ripe() {
+        let (mut gaps, mut known) = (Gaps::default(), Known::default());
+        known.add(10);
+        gaps.begin(Some(9), 10);
+        assert_eq!(gaps.ripe(), Some(9));
+        gaps.take(&horizon(5, 8, &[3]), 20, &mut known);
+        assert!(!known.contains(4), "5 to 7 may still run");
+        gaps.take(&horizon(7, 30, &[3]), 20, &mut known);
+        assert!(!known.contains(4), "7 still runs");
+        gaps.take(&horizon(8, 40, &[3, 5]), 20, &mut known);
+        assert_eq!([2, 3, 4, 5, 6, 9].map(|id| known.contains(id)), [true, false, true, false, true, true]);
+        assert_eq!(gaps.ripe(), None, "what was passed since is missed as of now");
     }
 }

@@ -105,6 +105,11 @@ impl Known {
         Unknown { ranges, exact }
     }
 
+    /// The smallest known id.
+    pub fn first(&self) -> Option<i64> {
+        self.intervals.first_key_value().map(|(first, _)| *first)
+    }
+
     /// Unknown ids lie below this one.
     pub fn has_gap_below(&self, id: i64) -> bool {
         self.intervals.first_key_value().is_none_or(|(first, last)| *first > i64::MIN || *last < id)

@@ -321,6 +321,12 @@ impl Store for MemoryStore {
         Ok(Horizon { xmin: 1, xmax: 1, pending })
     }
 
+    async fn long_passed(&self, below: i64, age: Duration) -> Result<Option<i64>, StoreError> {
+        let table = self.call()?;
+        let long_ago = |stored: &&Stored| stored.delivered_at.is_some_and(|at| at.elapsed() > age);
+        Ok(table.rows.range(..below).map(|(_, stored)| stored).rfind(long_ago).map(|stored| stored.row.id))
+    }
+
     async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
         let mut table = self.call()?;
         let now = Instant::now();

@@ -328,6 +328,13 @@ pub trait Store: Send + Sync + 'static {
         ids: usize,
     ) -> impl Future<Output = Result<Horizon, StoreError>> + Send;
 
+    /// An id below this one so that all ids up to it had been given out that long ago, if some row nearby tells of one.
+    fn long_passed(
+        &self,
+        below: i64,
+        age: Duration,
+    ) -> impl Future<Output = Result<Option<i64>, StoreError>> + Send;
+
     /// Writes outcomes; answers with how many of the delivered rows it has marked. Fewer than there are: some were
     /// marked before, or their ids belong to other messages now.
     fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<u64, StoreError>> + Send;

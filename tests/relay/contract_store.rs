@@ -265,6 +265,14 @@ async fn counts_and_purges(subject: &impl Subject) {
     let bite = store.purge(i64::MIN, 10, Duration::from_secs(3600)).await.expect("purge");
     assert_eq!((bite.looked_at, bite.purged), (10, 0), "younger than the retention");
     tokio::time::sleep(Duration::from_millis(20)).await;
+    let long_passed = async |below, age| store.long_passed(below, age).await.expect("long passed");
+    assert_eq!(
+        long_passed(25, Duration::from_millis(10)).await,
+        Some(20),
+        "below that, what was delivered last"
+    );
+    assert_eq!(long_passed(25, Duration::from_secs(600)).await, None, "not as long ago");
+    assert_eq!(long_passed(1, Duration::ZERO).await, None, "nothing is below the first");
     let mut after = i64::MIN;
     let mut purged = 0;
     loop {

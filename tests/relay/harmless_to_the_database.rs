@@ -57,6 +57,41 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
     world.finish(Allowed::default()).await;
 }
 
+/// The same for one that has just been started: which ids will never appear it learns from the rows that were delivered long
+/// ago, and not by waiting beside reads that walk over them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_walks_over_what_was_delivered_once() {
+    const PAST: i64 = 30_000;
+    let world = World::new().await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("set transaction isolation level repeatable read").await.expect("isolation");
+    transaction.execute("select count(*) from outbox").await.expect("snapshot");
+    world.write(PAST, 100).await;
+    let settings = [("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", "false")];
+    let relay = world.relay(&settings).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    tokio::time::sleep(Duration::from_secs(6)).await;
+
+    let read = "select idx_tup_read::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pending'";
+    let before = world.number(read).await;
+    world.write(100, 100).await;
+    let relay = world.relay(&settings).await;
+    let delivered = "messages_total{result=\"delivered\"}";
+    eventually("all are delivered", async || relay.metric(delivered).await == 100.0).await;
+    // Thirty reads.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    relay.stop().await.expect("clean stop");
+    world.until_at_least(read, before + PAST).await;
+    let entries = world.number(read).await - before;
+    eprintln!("{entries} index entries read");
+    // The first reads, the horizon, and the counts of health once a second.
+    assert!(entries < 20 * PAST, "{entries} index entries read");
+    transaction.rollback().await.expect("roll back");
+    world.finish(Allowed::default()).await;
+}
+
 /// Rows of another replica, which may take its time to deliver them, are walked over once, not by each read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_of_another_replica_are_passed_once() {

@@ -8,7 +8,7 @@
 
 mod watching;
 
-use super::gaps::{Gaps, HORIZON_IDS};
+use super::gaps::{AGE, Gaps, HORIZON_IDS};
 use super::keys::Keys;
 use super::known::{Known, Unknown};
 use super::routes::{Parking, Routes};
@@ -665,9 +665,15 @@ impl<S: Store> Poll<S> {
         if !self.known.has_gap_below(self.last_read) || !self.gaps.is_due() {
             return Ok(());
         }
+        if self.gaps.is_new() {
+            let below = self.known.first().unwrap_or(i64::MAX);
+            let long_passed = self.pulse.beat_during(self.store.long_passed(below, AGE)).await?;
+            self.gaps.begin(long_passed, self.last_read);
+        }
+        let Some(last) = self.gaps.ripe() else { return Ok(()) };
         let ranges = self.known.unknown(RANGES_MAX).ranges;
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
-        let horizon = self.store.horizon(self.gaps.last(), &ranges, &in_flight, HORIZON_IDS);
+        let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
         let horizon = self.pulse.beat_during(horizon).await?;
         self.gaps.take(&horizon, self.last_read, &mut self.known);
         Ok(())

@@ -29,6 +29,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
+/// Rows looked at for one that was delivered a while ago.
+const LOOK_BACK_ROWS: i64 = 1000;
+
 /// Outbox rows in a Postgres table.
 #[derive(Debug)]
 pub struct PostgresStore {
@@ -201,6 +204,17 @@ impl PostgresStore {
         Ok(Horizon { xmin: number("xmin")?, xmax: number("xmax")?, pending: row.try_get("pending")? })
     }
 
+    async fn run_long_passed(
+        &self,
+        session: &mut Session,
+        below: i64,
+        age: Duration,
+    ) -> Result<Option<i64>, sqlx::Error> {
+        let query = session.query(&self.statements.long_passed);
+        let query = query.bind(below).bind(age.as_secs_f64()).bind(LOOK_BACK_ROWS);
+        query.fetch_one(session.connection()).await?.try_get(0)
+    }
+
     async fn run_purge(
         &self,
         session: &mut Session,
@@ -271,6 +285,15 @@ impl Store for PostgresStore {
         let horizon =
             async |session: &mut Session| self.run_horizon(session, last, ranges, in_flight, ids).await;
         self.reading.call(Unit::Statement, horizon).await
+    }
+
+    async fn long_passed(&self, below: i64, age: Duration) -> Result<Option<i64>, StoreError> {
+        // What is deleted tells nothing, and is walked over as long as somebody's transaction keeps it.
+        if !self.keep_delivered {
+            return Ok(None);
+        }
+        let long_passed = async |session: &mut Session| self.run_long_passed(session, below, age).await;
+        self.reading.call(Unit::Statement, long_passed).await
     }
 
     async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
