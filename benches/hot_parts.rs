@@ -120,7 +120,7 @@ fn known_ids(criterion: &mut Criterion) {
         bench.iter(|| {
             let mut known = Known::default();
             (0..ROWS).filter(|id| id % 10 != 0).for_each(|id| known.add(id));
-            black_box(known.unknown(64))
+            black_box(known.unknown(512))
         });
     });
     group.finish();

@@ -30,8 +30,8 @@ struct Note {
     last: i64,
     /// `None`: for longer than [`AGE`].
     since: Option<Instant>,
-    /// Above all transactions that had a number when it had been missing for [`AGE`].
-    xmax: Option<u64>,
+    /// The next number to be given out when it had been missing for [`AGE`].
+    next_xid: Option<u64>,
 }
 
 impl Gaps {
@@ -52,7 +52,7 @@ impl Gaps {
     /// What has been passed over up to now: up to `long_passed` by others, [`AGE`] ago and more; or just now up to `last_read`.
     pub fn begin(&mut self, long_passed: Option<i64>, last_read: i64) {
         self.note = Some(match long_passed {
-            Some(last) => Note { last, since: None, xmax: None },
+            Some(last) => Note { last, since: None, next_xid: None },
             None => Note::of_now(last_read),
         });
     }
@@ -66,8 +66,8 @@ impl Gaps {
     /// Takes in a horizon: what it does not list up to [`Gaps::ripe`] is known from now on, if it can no longer appear.
     pub fn take(&mut self, horizon: &Horizon, last_read: i64, known: &mut Known) {
         let Some(note) = &mut self.note else { return };
-        let xmax = *note.xmax.get_or_insert(horizon.xmax);
-        if horizon.xmin < xmax && !mutant!("close-gaps-at-once") {
+        let next_xid = *note.next_xid.get_or_insert(horizon.next_xid);
+        if horizon.xmin < next_xid && !mutant!("close-gaps-at-once") {
             return;
         }
         let complete = horizon.pending.len() < HORIZON_IDS;
@@ -79,7 +79,7 @@ impl Gaps {
 
 impl Note {
     fn of_now(last: i64) -> Self {
-        Self { last, since: Some(Instant::now()), xmax: None }
+        Self { last, since: Some(Instant::now()), next_xid: None }
     }
 }
 
@@ -87,8 +87,8 @@ impl Note {
 mod tests {
     use super::*;
 
-    fn horizon(xmin: u64, xmax: u64, pending: &[i64]) -> Horizon {
-        Horizon { xmin, xmax, pending: pending.to_vec() }
+    fn horizon(xmin: u64, next_xid: u64, pending: &[i64]) -> Horizon {
+        Horizon { xmin, next_xid, pending: pending.to_vec() }
     }
 
     #[test]

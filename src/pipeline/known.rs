@@ -7,7 +7,7 @@
 //! writers take turns.
 //!
 //! Forgetting an id is always safe: it is merely asked for again. Adding one is safe when the row
-//! is in memory, was settled by us, or cannot exist any more (see [`Known::close_gaps`]).
+//! is in memory, was settled by us, belongs to another replica for now, or cannot exist any more (see [`Known::close_gaps`]).
 //!
 //! Why it matters: as long as somebody's transaction keeps old row versions alive, the index still
 //! lists every row delivered since, and a poll from the beginning would walk over all of them.
@@ -118,7 +118,7 @@ impl Known {
     /// Declares every id up to `last` known, except those `pending`.
     ///
     /// The caller vouches that no other row up to `last` can still appear: every transaction that
-    /// ran when these ids were passed has ended.
+    /// may have taken one of these ids has ended.
     pub fn close_gaps(&mut self, last: i64, pending: &[i64]) {
         let mut first = i64::MIN;
         for &id in pending.iter().filter(|id| **id <= last) {

@@ -318,7 +318,7 @@ impl Store for MemoryStore {
         };
         let pending = table.rows.values().filter(listed).take(ids).map(|stored| stored.row.id).collect();
         // Every insert is its own finished transaction here.
-        Ok(Horizon { xmin: 1, xmax: 1, pending })
+        Ok(Horizon { xmin: 1, next_xid: 1, pending })
     }
 
     async fn long_passed(&self, below: i64, age: Duration) -> Result<Option<i64>, StoreError> {

@@ -106,7 +106,7 @@ pub struct Ask<'a> {
     pub parked: &'a [Arc<Route>],
     /// Whose rows.
     pub share: Share<'a>,
-    /// Whose rows are told by their ids.
+    /// Rows that are told by their ids.
     pub others: Others<'a>,
 }
 
@@ -185,7 +185,7 @@ pub struct Horizon {
     /// Oldest transaction that still runs.
     pub xmin: u64,
     /// First transaction id not yet given out.
-    pub xmax: u64,
+    pub next_xid: u64,
     /// Pending ids in the ranges asked about, ascending.
     pub pending: Vec<i64>,
 }
@@ -328,7 +328,8 @@ pub trait Store: Send + Sync + 'static {
         ids: usize,
     ) -> impl Future<Output = Result<Horizon, StoreError>> + Send;
 
-    /// An id below this one so that all ids up to it had been given out that long ago, if some row nearby tells of one.
+    /// An id below this one so that all ids up to it had been given out that long ago, if a row nearby tells of one. True of ids
+    /// from a sequence, and by the clock that wrote when rows were delivered; others are for the sweep to find.
     fn long_passed(
         &self,
         below: i64,

@@ -8,7 +8,7 @@ use outbox_relay::store::{
     Ask, Bite, Dead, Delivered, Lease, Others, PostgresStore, Read, Route, Row, Settlement, Share, Store,
     Waiting, Watch,
 };
-use sqlx::Executor;
+use sqlx::{Connection, Executor};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -145,7 +145,7 @@ async fn polls_what_it_is_asked_for(subject: &impl Subject) {
     assert!(ids(store, Ask { bytes: 10, room_for_any: false, ..ask(100) }).await.is_empty());
     let horizon = store.horizon(6, &ranges, &[3], 10).await.expect("horizon");
     assert_eq!(horizon.pending, [2], "pending ids in the ranges up to the last");
-    assert!(horizon.xmin <= horizon.xmax);
+    assert!(horizon.xmin <= horizon.next_xid);
     store.settle(&Settlement { delivered: sent(1..=20), ..Settlement::default() }).await.expect("settle");
     assert!(ids(store, ask(100)).await.is_empty());
 }
@@ -410,6 +410,26 @@ async fn postgres_keeps_the_contract() {
     let subject = InPostgres::new("false").await;
     keeps_the_contract(&subject).await;
     subject.world.abandon();
+}
+
+/// Also the one that began last: the `xmax` of a snapshot is that of the last one that has ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_horizon_covers_every_transaction_that_runs() {
+    let world = World::new().await;
+    let store = world.store(&[]);
+    for _ in 0..10 {
+        let mut writer = world.db().await;
+        let mut transaction = writer.begin().await.expect("begin");
+        let xid: String = sqlx::query_scalar("select pg_current_xact_id()::text")
+            .fetch_one(&mut *transaction)
+            .await
+            .expect("number");
+        let (xid, horizon): (u64, _) =
+            (xid.parse().expect("number"), store.horizon(0, &ALL, &[], 1).await.expect("horizon"));
+        assert!(horizon.xmin <= xid && xid < horizon.next_xid, "{xid} in {horizon:?}");
+        transaction.rollback().await.expect("roll back");
+    }
+    world.abandon();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

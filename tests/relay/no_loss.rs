@@ -3,6 +3,7 @@
 use crate::support::world::Allowed;
 use crate::support::{World, eventually, rng};
 use sqlx::{Connection, Executor};
+use std::time::Duration;
 
 /// Rows that no queue takes, at random among those that one takes: RabbitMQ acks both.
 async fn routable_and_unroutable_mixed(rows: i64) {
@@ -71,7 +72,7 @@ async fn a_late_commit_is_delivered() {
     world.write(500, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 500).await;
     // Longer than ids are kept in mind when nobody could still use them.
-    tokio::time::sleep(std::time::Duration::from_secs(7)).await;
+    tokio::time::sleep(Duration::from_secs(7)).await;
     world.write(500, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
     transaction.commit().await.expect("commit");
@@ -91,7 +92,7 @@ async fn a_late_commit_is_delivered_also_if_its_id_was_taken_before_its_first_wr
     let id = world.number("select nextval(pg_get_serial_sequence('outbox', 'id'))").await;
     world.write(500, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 500).await;
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let mut slow = world.db().await;
     let mut transaction = slow.begin().await.expect("begin");
     sqlx::query("insert into outbox (id, routing_key, payload) values ($1, 'ok.late', '{}')")
@@ -99,7 +100,7 @@ async fn a_late_commit_is_delivered_also_if_its_id_was_taken_before_its_first_wr
         .execute(&mut *transaction)
         .await
         .expect("insert");
-    tokio::time::sleep(std::time::Duration::from_secs(7)).await;
+    tokio::time::sleep(Duration::from_secs(7)).await;
     world.write(500, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
     transaction.commit().await.expect("commit");
@@ -118,7 +119,7 @@ async fn an_id_taken_long_before_its_commit_is_found_by_the_sweep() {
     let id = world.number("select nextval(pg_get_serial_sequence('outbox', 'id'))").await;
     world.write(100, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 100).await;
-    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     world
         .sql(&format!("insert into outbox (id, routing_key, payload) values ({id}, 'ok.hilo', '{{}}')"))
         .await;
@@ -179,6 +180,28 @@ async fn a_dead_row_can_be_sent_again() {
     world.finish(Allowed::default()).await;
 }
 
+/// Although nothing new comes, and the relay has never seen it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_row_can_be_sent_again_to_a_relay_that_was_started_since() {
+    let world = World::new().await;
+    world.sql("insert into outbox (routing_key, payload) values ('lost.1', '{}')").await;
+    world.write(100, 10).await;
+    let settings = [("OUTBOX_UNROUTABLE", "dead"), ("OUTBOX_SWEEP_INTERVAL", "1s")];
+    let relay = world.relay(&settings).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    // The delivered ones tell by now that all ids up to theirs were given out long ago.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let relay = world.relay(&settings).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    world.bind("lost.#").await;
+    world.sql("update outbox set dead_at = null, attempts = 0, last_error = null, available_at = clock_timestamp() where dead_at is not null").await;
+    world.drained().await;
+    eventually("the message is there", async || world.queue_depth().await == 101).await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn delivered_rows_are_deleted_when_retention_is_zero() {
     let world = World::new().await;
@@ -210,7 +233,7 @@ async fn many_holes_between_ids_cause_no_second_delivery() {
     world.write(100, 10).await;
     world.drained().await;
     // Until the ids before the first row are known to belong to nobody.
-    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
     world
         .sql(
             "insert into outbox (routing_key, ordering_key, payload, available_at)

@@ -33,6 +33,8 @@ use watching::{VAIN_PAUSE_MAX, Watching};
 /// Ranges in one statement at most; each costs an index descent, and what lies between two that are joined is walked over.
 /// With replicas there are many: what another one has delivered before we came by looks like a gap.
 const RANGES_MAX: usize = 512;
+/// Reads of fewer rows, because rows are large, leave out those of others: they would take the places.
+const TELLING_ROWS: usize = 100;
 /// Shortest pause after a read that found little: bounds the statements per second of a trickle.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// Size assumed of rows before any was seen: large, so that the first answer is small.
@@ -66,6 +68,8 @@ pub struct Poll<S> {
     known: Known,
     /// Largest id ever read.
     last_read: i64,
+    /// Up to here rows of others have been told.
+    told: i64,
     gaps: Gaps,
     last_sweep: Instant,
     sweeping: bool,
@@ -168,6 +172,7 @@ impl<S: Store> Poll<S> {
             keys: Keys::default(),
             known: Known::default(),
             last_read: i64::MIN,
+            told: i64::MIN,
             gaps: Gaps::default(),
             last_sweep: Instant::now(),
             sweeping: false,
@@ -379,6 +384,7 @@ impl<S: Store> Poll<S> {
             self.known.add(*id);
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
+        self.told = i64::MIN;
         self.gaps = Gaps::default();
         self.watching.forget();
     }
@@ -403,20 +409,25 @@ impl<S: Store> Poll<S> {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
         };
-        let others = self.shards.pass_others(&self.holdings.borrow());
+        let mut others = self.shards.pass_others(&self.holdings.borrow());
         let in_flight = self.in_flight_unless(exact);
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
         let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
+        let rows = rows.min((free_bytes / self.row_bytes).max(1));
+        let tells_others = rows >= TELLING_ROWS;
+        if !tells_others {
+            others.clear();
+        }
         let ask = Ask {
             ranges: &ranges,
-            rows: rows.min((free_bytes / self.row_bytes).max(1)),
+            rows,
             bytes: free_bytes,
             room_for_any: self.in_flight.is_empty(),
             in_flight: &in_flight,
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
             share: Share { shards: self.holdings.borrow().shards(), leases: &leases },
-            others: Others { shards: &others, after: self.last_read },
+            others: Others { shards: &others, after: self.told },
         };
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
@@ -442,6 +453,10 @@ impl<S: Store> Poll<S> {
             (false, false) => Found::Some,
             (false, true) => Found::Nothing,
         };
+        if tells_others {
+            let last = rows.last().map(|row| row.id).max(passed.last().copied());
+            self.told = self.told.max(last.unwrap_or(i64::MIN));
+        }
         for id in passed {
             self.last_read = self.last_read.max(id);
             self.known.add(id);
@@ -662,13 +677,15 @@ impl<S: Store> Poll<S> {
 
     /// Learns which passed-over ids will never appear, so that they are not asked for again.
     async fn close_gaps(&mut self) -> Result<(), StoreError> {
+        // Only up to what has been read: what lies beyond, no sweep would find.
+        let Some(first) = self.known.first() else { return Ok(()) };
         if !self.known.has_gap_below(self.last_read) || !self.gaps.is_due() {
             return Ok(());
         }
         if self.gaps.is_new() {
-            let below = self.known.first().unwrap_or(i64::MAX);
-            let long_passed = self.pulse.beat_during(self.store.long_passed(below, AGE)).await?;
-            self.gaps.begin(long_passed, self.last_read);
+            let long_passed = self.pulse.beat_during(self.store.long_passed(first, AGE)).await;
+            // Without it, it takes a little longer.
+            self.gaps.begin(long_passed.ok().flatten(), self.last_read);
         }
         let Some(last) = self.gaps.ripe() else { return Ok(()) };
         let ranges = self.known.unknown(RANGES_MAX).ranges;

@@ -23,7 +23,7 @@ pub(super) async fn read(
     let mut decoder = Decoder::new(ask.share, default_exchange);
     while let Some(raw) = answer.try_next().await? {
         let wire = wire(&raw)?;
-        if let Some(id) = of_others(&wire, ask.others.shards).map_err(not_of_its_type)? {
+        if let Some(id) = of_others(&wire, ask.others).map_err(not_of_its_type)? {
             read.passed.push(id);
             continue;
         }

@@ -1,6 +1,6 @@
 //! Rows off the wire. Reads the bytes as Postgres sent them: no text is parsed, no JSON is built.
 
-use crate::store::{Lease, Route, Row, Share};
+use crate::store::{Lease, Others, Route, Row, Share};
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -90,13 +90,13 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// The id of a row that belongs to one of these shards, which are sorted. Nothing else is read of it: what is wrong with it is
-/// for its owner to find.
-pub fn of_others(wire: &Wire<'_>, others: &[u32]) -> Result<Option<i64>, String> {
-    if others.is_empty() || others.binary_search(&shard(wire)?).is_err() {
+/// The id of a row of others. Nothing else is read of it: what is wrong with it is for its owner to find.
+pub fn of_others(wire: &Wire<'_>, others: Others<'_>) -> Result<Option<i64>, String> {
+    if others.shards.is_empty() {
         return Ok(None);
     }
-    integer(wire, Column::Id).map(Some)
+    let (id, shard) = (integer(wire, Column::Id)?, shard(wire)?);
+    Ok(others.include(id, shard).then_some(id))
 }
 
 fn shard(wire: &Wire<'_>) -> Result<u32, String> {

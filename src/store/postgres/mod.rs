@@ -29,8 +29,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// Rows looked at for one that was delivered a while ago.
-const LOOK_BACK_ROWS: i64 = 1000;
+/// Ids looked at for one that was delivered a while ago: bounded, since rows that were deleted may still be walked over.
+const LOOK_BACK_IDS: i64 = 10_000;
 
 /// Outbox rows in a Postgres table.
 #[derive(Debug)]
@@ -201,7 +201,7 @@ impl PostgresStore {
         let number = |name: &str| -> Result<u64, sqlx::Error> {
             row.try_get::<&str, _>(name)?.parse().map_err(|error| sqlx::Error::Decode(Box::new(error)))
         };
-        Ok(Horizon { xmin: number("xmin")?, xmax: number("xmax")?, pending: row.try_get("pending")? })
+        Ok(Horizon { xmin: number("xmin")?, next_xid: number("next_xid")?, pending: row.try_get("pending")? })
     }
 
     async fn run_long_passed(
@@ -211,7 +211,8 @@ impl PostgresStore {
         age: Duration,
     ) -> Result<Option<i64>, sqlx::Error> {
         let query = session.query(&self.statements.long_passed);
-        let query = query.bind(below).bind(age.as_secs_f64()).bind(LOOK_BACK_ROWS);
+        let first = below.saturating_sub(LOOK_BACK_IDS);
+        let query = query.bind(first).bind(below).bind(age.as_secs_f64());
         query.fetch_one(session.connection()).await?.try_get(0)
     }
 
@@ -288,7 +289,7 @@ impl Store for PostgresStore {
     }
 
     async fn long_passed(&self, below: i64, age: Duration) -> Result<Option<i64>, StoreError> {
-        // What is deleted tells nothing, and is walked over as long as somebody's transaction keeps it.
+        // What is deleted tells nothing.
         if !self.keep_delivered {
             return Ok(None);
         }

@@ -39,11 +39,11 @@ impl Statements {
         let renew = include_str!("../sql/renew_leases.sql");
         let renew = renew.replace("{look}", include_str!("../sql/look_at_leases.sql").trim());
         let renew = renew.replace("{quota}", include_str!("../sql/quota.sql").trim());
-        let poll =
-            with_payload(include_str!("../sql/poll.sql"), "case when not {of_others} then o.payload end");
+        let of_own = |column: &str| format!("case when not {{of_others}} then {column} end");
+        let poll = with_content(include_str!("../sql/poll.sql"), of_own);
         Self {
             poll: prepare(&poll),
-            probe: prepare(&with_payload(include_str!("../sql/probe.sql"), "o.payload")),
+            probe: prepare(&with_content(include_str!("../sql/probe.sql"), str::to_owned)),
             release: prepare(include_str!("../sql/release.sql")),
             horizon: prepare(include_str!("../sql/horizon.sql")),
             long_passed: prepare(include_str!("../sql/long_passed.sql")),
@@ -103,10 +103,12 @@ fn fill<const N: usize>(text: &str, values: [(&str, String); N]) -> SqlStr {
     AssertSqlSafe(values.into_iter().fold(text.to_owned(), fill)).into_sql_str()
 }
 
-/// Puts the columns of a row in, with this for its payload.
-fn with_payload(text: &str, payload: &str) -> String {
+/// Puts the columns of a row in, those of any size in this manner.
+fn with_content(text: &str, manner: impl Fn(&str) -> String) -> String {
     let columns = include_str!("../sql/columns.sql").trim();
-    text.replace("{columns}", &columns.replace("{payload}", payload))
+    let columns =
+        columns.replace("{payload}", &manner("o.payload")).replace("{headers}", &manner("o.headers"));
+    text.replace("{columns}", &columns)
 }
 
 /// Puts shared parts and names of tables in.

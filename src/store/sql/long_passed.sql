@@ -1,5 +1,9 @@
--- The last row before $1 that was delivered a while ago: ids up to there were given out before that.
--- $1 id    $2 seconds    $3 rows looked at, at most
-select max(o.id)
-from (select id, delivered_at from {outbox} where id < $1 order by id desc limit $3) as o
-where o.delivered_at < clock_timestamp() - $2 * interval '1 second'
+-- The last row in a stretch of ids that was delivered a while ago: ids up to there were given out before that. True of ids
+-- that a sequence has given.
+-- $1, $2 first id, and the one behind the last    $3 seconds
+select max(id) from (
+    select o.id from {outbox} as o
+    where o.id >= $1 and o.id < $2 and o.delivered_at < clock_timestamp() - $3 * interval '1 second'
+    order by o.id desc
+    limit 1
+) as o

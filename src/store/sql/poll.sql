@@ -1,5 +1,5 @@
 -- Pending and due rows, in id order, within the id ranges that are not settled yet. Rows of others, due or not, are told
--- without their payload: who knows their ids need not pass them again.
+-- without payload and headers: who knows their ids need not pass them again.
 -- $1, $2 first and last id of each range    $3 rows at most    $4 ids in flight
 -- $5 keep the order of keys    $6 number of shards    $7 shards to read, null for all of them
 -- $8, $9 parked routes: exchange, routing key    $10 default exchange    $11 shards of others, null for none
