@@ -3,7 +3,7 @@
 //! Obligations of every implementation, checked by `tests/relay/contract_store.rs`:
 //!
 //! 1. [`Store::poll`] returns pending, due rows in id order, all out of one snapshot, never one
-//!    that is listed as in flight, never more than asked for.
+//!    that is listed as in flight, never more than asked for. Of [`Others`] it tells the ids.
 //! 2. With `keep_order`, a row is not returned while an earlier row of its key was refused and is
 //!    still pending.
 //! 3. [`Store::settle`] is all or nothing and may be run again with the same input. It writes to the very message that
