@@ -7,7 +7,8 @@
 //! writers take turns.
 //!
 //! Forgetting an id is always safe: it is merely asked for again. Adding one is safe when the row
-//! is in memory, was settled by us, belongs to another replica for now, or cannot exist any more (see [`Known::close_gaps`]).
+//! is in memory, was settled by us, belongs to another replica for now, or cannot exist any more
+//! (see [`Known::close_gaps`]).
 //!
 //! Why it matters: as long as somebody's transaction keeps old row versions alive, the index still
 //! lists every row delivered since, and a poll from the beginning would walk over all of them.
