@@ -1,9 +1,9 @@
 //! Promise 1: a committed row stays pending until it is confirmed and routed.
 
-use crate::support::world::Allowed;
+use crate::support::world::{Allowed, RunningRelay};
 use crate::support::{World, eventually, rng};
-use sqlx::{Connection, Executor};
-use std::time::Duration;
+use sqlx::{Connection, Executor, Postgres, Transaction};
+use std::time::{Duration, Instant};
 
 /// Rows that no queue takes, at random among those that one takes: RabbitMQ acks both.
 async fn routable_and_unroutable_mixed(rows: i64) {
@@ -57,6 +57,20 @@ async fn exactly_the_routable_rows_are_delivered_with_many_seeds() {
     }
 }
 
+/// A row is delivered although it commits after others have written and ended, for longer than ids are kept in mind when
+/// nobody could still use them. 500 rows were delivered before.
+async fn commits_late(world: World, relay: RunningRelay, transaction: Transaction<'_, Postgres>) {
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    world.write(500, 10).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
+    transaction.commit().await.expect("commit");
+    let committed = Instant::now();
+    world.until("select count(*) from outbox where delivered_at is not null", 1001).await;
+    eprintln!("late commit delivered after {:?}", committed.elapsed());
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
 /// A transaction that inserted first and commits last is delivered once, as soon as it commits,
 /// although larger ids were delivered long before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -71,16 +85,7 @@ async fn a_late_commit_is_delivered() {
         .expect("insert");
     world.write(500, 10).await;
     world.until("select count(*) from outbox where delivered_at is not null", 500).await;
-    // Longer than ids are kept in mind when nobody could still use them.
-    tokio::time::sleep(Duration::from_secs(7)).await;
-    world.write(500, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
-    transaction.commit().await.expect("commit");
-    let committed = std::time::Instant::now();
-    world.until("select count(*) from outbox where delivered_at is not null", 1001).await;
-    eprintln!("late commit delivered after {:?}", committed.elapsed());
-    relay.stop().await.expect("clean stop");
-    world.finish(Allowed::default()).await;
+    commits_late(world, relay, transaction).await;
 }
 
 /// The same when the id was taken some moments before the first write, as some mappers do: the transaction has no number yet
@@ -100,13 +105,7 @@ async fn a_late_commit_is_delivered_also_if_its_id_was_taken_before_its_first_wr
         .execute(&mut *transaction)
         .await
         .expect("insert");
-    tokio::time::sleep(Duration::from_secs(7)).await;
-    world.write(500, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
-    transaction.commit().await.expect("commit");
-    world.until("select count(*) from outbox where delivered_at is not null", 1001).await;
-    relay.stop().await.expect("clean stop");
-    world.finish(Allowed::default()).await;
+    commits_late(world, relay, transaction).await;
 }
 
 /// Ids that rolled back are forgotten after a while; rows that were given an id long before their commit

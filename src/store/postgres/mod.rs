@@ -213,7 +213,8 @@ impl PostgresStore {
         let query = session.query(&self.statements.long_passed);
         let first = below.saturating_sub(LOOK_BACK_IDS);
         let query = query.bind(first).bind(below).bind(age.as_secs_f64());
-        query.fetch_one(session.connection()).await?.try_get(0)
+        let row = query.fetch_optional(session.connection()).await?;
+        row.map(|row| row.try_get(0)).transpose()
     }
 
     async fn run_purge(

@@ -35,8 +35,8 @@ async fn look(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<
     connection.execute("begin read only").await?;
     let findings = table(connection, settings).await;
     // Also after a failed question: a pooler keeps the server's connection for the next one.
-    connection.execute("rollback").await?;
-    findings
+    let ended = connection.execute("rollback").await;
+    findings.and_then(|findings| ended.map(|_| findings))
 }
 
 async fn table(connection: &mut PgConnection, settings: &Settings) -> Result<Vec<Finding>, sqlx::Error> {
