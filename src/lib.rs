@@ -16,8 +16,10 @@
 //! - [`preflight`]: findings of `check`.
 //! - [`http`]: health and metrics endpoints.
 //! - [`telemetry`]: logs, metrics, liveness.
+//! - [`allocator`]: one setting of the C library's memory.
 //! - [`cli`]: commands of the binary.
 
+pub mod allocator;
 pub mod cli;
 pub mod config;
 pub mod housekeeping;

@@ -29,6 +29,11 @@ async fn two_thousand_rows_of_a_megabyte_fit_into_250_megabytes() {
     world.drained().await;
     let peak = relay.usage().peak_rss_bytes;
     assert!(peak < 250 * MIB, "peak of {} MiB with rows of 10 MB", peak / MIB);
+    eprintln!("peak RSS with rows of 10 MB: {} MiB", peak / MIB);
+    // What large rows took is given back.
+    let rss = relay.usage().rss_bytes;
+    eprintln!("RSS when they are delivered: {} MiB", rss / MIB);
+    assert!(rss < 100 * MIB, "{} MiB are held when all is delivered", rss / MIB);
     // A row larger than the whole budget passes alone.
     world.sql("insert into outbox (routing_key, payload) values ('ok.3', convert_to(repeat('z', 100000000), 'UTF8'))").await;
     world.drained().await;
