@@ -190,7 +190,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_SWEEP_INTERVAL",
         Some("30s"),
         "DURATION",
-        "How often the whole pending index is read, for ids allocated long before their commit",
+        "How often all up to the largest id read is asked for again, for ids allocated long before their commit",
     ),
     setting(
         FAILURES,
