@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How often gaps between ids are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// A look is followed by so many times its duration of rest: it may walk over what somebody's transaction keeps in the index.
+const REST: u32 = 20;
 /// Longest time between `nextval` and the first write of its transaction.
 pub const AGE: Duration = Duration::from_secs(5);
 /// Pending ids looked at per horizon.
@@ -21,7 +23,9 @@ pub const HORIZON_IDS: usize = 1000;
 #[derive(Debug, Default)]
 pub struct Gaps {
     note: Option<Note>,
-    looked_at: Option<Instant>,
+    /// Up to here they are closed since the note was made: more ids were pending than a horizon lists.
+    closed: Option<i64>,
+    next_look: Option<Instant>,
 }
 
 /// What has been passed over, and since when.
@@ -37,11 +41,16 @@ struct Note {
 impl Gaps {
     /// It is time for a look, and this is it.
     pub fn is_due(&mut self) -> bool {
-        let due = self.looked_at.is_none_or(|at| at.elapsed() >= INTERVAL);
+        let due = self.next_look.is_none_or(|at| Instant::now() >= at);
         if due {
-            self.looked_at = Some(Instant::now());
+            self.looked(Duration::ZERO);
         }
         due
+    }
+
+    /// A look took so long.
+    pub fn looked(&mut self, took: Duration) {
+        self.next_look = Some(Instant::now() + INTERVAL.max(took * REST));
     }
 
     /// Nothing is noted yet: see [`Gaps::begin`].
@@ -57,23 +66,32 @@ impl Gaps {
         });
     }
 
-    /// The horizon is asked for up to this id, if that may tell anything now.
-    pub fn ripe(&self) -> Option<i64> {
+    /// The horizon is asked for from the first id to the second, if that may tell anything now.
+    pub fn ripe(&self) -> Option<(i64, i64)> {
         let ripe = |note: &Note| note.since.is_none_or(|since| since.elapsed() >= AGE);
-        self.note.filter(|note| ripe(note) || mutant!("close-gaps-at-once")).map(|note| note.last)
+        let note = self.note.filter(|note| ripe(note) || mutant!("close-gaps-at-once"))?;
+        Some((self.first(), note.last))
     }
 
-    /// Takes in a horizon: what it does not list up to [`Gaps::ripe`] is known from now on, if it can no longer appear.
+    fn first(&self) -> i64 {
+        self.closed.map_or(i64::MIN, |id| id.saturating_add(1))
+    }
+
+    /// Takes in a horizon: what it does not list of the ids from the one to the other of [`Gaps::ripe`] is known from now on, if
+    /// it can no longer appear.
     pub fn take(&mut self, horizon: &Horizon, last_read: i64, known: &mut Known) {
+        let first = self.first();
         let Some(note) = &mut self.note else { return };
         let next_xid = *note.next_xid.get_or_insert(horizon.next_xid);
         if horizon.xmin < next_xid && !mutant!("close-gaps-at-once") {
             return;
         }
-        let complete = horizon.pending.len() < HORIZON_IDS;
-        let last = if complete { note.last } else { horizon.pending.last().copied().unwrap_or(note.last) };
-        known.close_gaps(last, &horizon.pending);
-        self.note = Some(Note::of_now(last_read));
+        // When it is full there may be more behind its last id: these are for the next look.
+        self.closed = horizon.pending.get(HORIZON_IDS - 1).copied();
+        known.close_gaps(first, self.closed.unwrap_or(note.last), &horizon.pending);
+        if self.closed.is_none() {
+            self.note = Some(Note::of_now(last_read));
+        }
     }
 }
 
@@ -104,7 +122,7 @@ mod tests {
         let (mut gaps, mut known) = (Gaps::default(), Known::default());
         known.add(10);
         gaps.begin(Some(9), 10);
-        assert_eq!(gaps.ripe(), Some(9));
+        assert_eq!(gaps.ripe(), Some((i64::MIN, 9)));
         gaps.take(&horizon(5, 8, &[3]), 20, &mut known);
         assert!(!known.contains(4), "5 to 7 may still run");
         gaps.take(&horizon(7, 30, &[3]), 20, &mut known);
@@ -112,5 +130,28 @@ mod tests {
         gaps.take(&horizon(8, 40, &[3, 5]), 20, &mut known);
         assert_eq!([2, 3, 4, 5, 6, 9].map(|id| known.contains(id)), [true, false, true, false, true, true]);
         assert_eq!(gaps.ripe(), None, "what was passed since is missed as of now");
+    }
+
+    #[test]
+    fn gaps_behind_more_pending_ids_than_a_horizon_lists_are_closed_by_the_next() {
+        let (mut gaps, mut known) = (Gaps::default(), Known::default());
+        gaps.begin(Some(5_000), 6_000);
+        let pending: Vec<i64> = (1..=HORIZON_IDS as i64).map(|n| 2 * n).collect();
+        gaps.take(&horizon(8, 8, &pending), 6_000, &mut known);
+        assert_eq!([1, 2, 1_999, 2_000, 2_001].map(|id| known.contains(id)), [true, false, true, false, false]);
+        assert_eq!(gaps.ripe(), Some((2_001, 5_000)));
+        assert_eq!(known.unknown(2).since(2_001), [(2_001, i64::MAX)]);
+        gaps.take(&horizon(8, 8, &[2_002, 4_000]), 6_000, &mut known);
+        assert_eq!([2_000, 2_001, 2_002, 3_999, 4_000, 5_000].map(|id| known.contains(id)), [false, true, false, true, false, true]);
+        assert_eq!(gaps.ripe(), None, "all are looked at anew, later");
+    }
+
+    #[test]
+    fn a_look_that_took_long_is_followed_by_a_longer_rest() {
+        let mut gaps = Gaps::default();
+        assert!(gaps.is_due());
+        gaps.looked(Duration::from_secs(1));
+        let rest = gaps.next_look.expect("a rest").saturating_duration_since(Instant::now());
+        assert!(rest > Duration::from_secs(19), "{rest:?}");
     }
 }

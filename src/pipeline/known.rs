@@ -35,6 +35,14 @@ pub struct Unknown {
     pub exact: bool,
 }
 
+impl Unknown {
+    /// The part of it from this id on.
+    pub fn since(self, id: i64) -> Vec<(i64, i64)> {
+        let since = self.ranges.into_iter().filter(|(_, last)| *last >= id);
+        since.map(|(first, last)| (first.max(id), last)).collect()
+    }
+}
+
 impl Known {
     /// Adds one id.
     pub fn add(&mut self, id: i64) {
@@ -116,19 +124,19 @@ impl Known {
         self.intervals.first_key_value().is_none_or(|(first, last)| *first > i64::MIN || *last < id)
     }
 
-    /// Declares every id up to `last` known, except those `pending`.
+    /// Declares every id from `first` to `last` known, except those `pending`.
     ///
-    /// The caller vouches that no other row up to `last` can still appear: every transaction that
+    /// The caller vouches that no other row in there can still appear: every transaction that
     /// may have taken one of these ids has ended.
-    pub fn close_gaps(&mut self, last: i64, pending: &[i64]) {
-        let mut first = i64::MIN;
-        for &id in pending.iter().filter(|id| **id <= last) {
+    pub fn close_gaps(&mut self, first: i64, last: i64, pending: &[i64]) {
+        let mut next = first;
+        for &id in pending.iter().filter(|id| (first..=last).contains(*id)) {
             if let Some(before) = id.checked_sub(1) {
-                self.add_interval(first, before);
+                self.add_interval(next, before);
             }
-            first = id.saturating_add(1);
+            next = id.saturating_add(1);
         }
-        self.add_interval(first, last);
+        self.add_interval(next, last);
     }
 
     fn forget_smaller_half(&mut self) {
@@ -166,7 +174,7 @@ mod tests {
         Add(i64),
         AddInterval(i64, i64),
         Remove(i64),
-        CloseGaps(i64, BTreeSet<i64>),
+        CloseGaps(i64, i64, BTreeSet<i64>),
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -175,7 +183,8 @@ mod tests {
             4 => id.clone().prop_map(Step::Add),
             1 => (id.clone(), 0..9i64).prop_map(|(first, length)| Step::AddInterval(first, first + length)),
             2 => id.clone().prop_map(Step::Remove),
-            1 => (id.clone(), prop::collection::btree_set(id, 0..5)).prop_map(|(last, pending)| Step::CloseGaps(last, pending)),
+            1 => (-5..60i64, id.clone(), prop::collection::btree_set(id, 0..5))
+                .prop_map(|(first, last, pending)| Step::CloseGaps(first, last, pending)),
         ];
         prop::collection::vec(step, 0..80)
     }
@@ -190,12 +199,12 @@ mod tests {
                     Step::Add(id) => { known.add(id); plain.insert(id); }
                     Step::AddInterval(first, last) => { known.add_interval(first, last); plain.extend(first..=last); }
                     Step::Remove(id) => { known.remove(id); plain.remove(&id); }
-                    Step::CloseGaps(last, pending) => {
+                    Step::CloseGaps(first, last, pending) => {
                         // Pending ids are unknown by definition: the caller asks only about those.
                         for id in &pending { known.remove(*id); plain.remove(id); }
                         let listed: Vec<i64> = pending.iter().copied().collect();
-                        known.close_gaps(last, &listed);
-                        plain.extend((-5..=last).filter(|id| !pending.contains(id)));
+                        known.close_gaps(first, last, &listed);
+                        plain.extend((first..=last).filter(|id| !pending.contains(id)));
                     }
                 }
                 let below_zero = plain.contains(&-1);

@@ -131,6 +131,33 @@ async fn a_lagging_standby_loses_what_it_did_not_get_and_no_more() {
     pair.world.finish(Allowed::default()).await;
 }
 
+/// A relay that waits for rows learns of the failover by its watch alone: the next read is at the new primary at once.
+/// New rows that take the ids of lost ones are no news by their ids, and are delivered all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_that_only_a_watch_has_noticed_hides_no_row() {
+    let mut pair = Pair::new(&[]).await;
+    pair.world.write(100, 10).await;
+    let relay = pair.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
+    pair.world.drained().await;
+    pair.standby_has(DELIVERED, 100).await;
+    pair.world.servers().control("detach", "standby").await;
+    pair.world.write(500, 10).await;
+    pair.world.drained().await;
+    // The new primary is there, and is where the relay will connect, before the old one goes.
+    pair.world.servers().control("promote", "standby").await;
+    pair.world.database_url = pair.standby_url();
+    pair.file.write(&pair.world.database_url);
+    pair.world.servers().control("kill", "postgres").await;
+    pair.world.write(300, 10).await;
+    let shared = pair.world.number("select count(*) from outbox where id between 134 and 600").await;
+    assert!(shared > 200, "most take the ids of lost rows, {shared} do");
+    pair.world.drained().await;
+    assert!(relay.terminate().await.success());
+    let received = pair.world.take_messages().await;
+    assert_eq!(received.len(), 900, "each once");
+    pair.world.abandon();
+}
+
 /// Confirmed, not yet marked, and lost with the old primary: a new row that takes the id is not taken for it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_with_the_id_of_a_lost_one_is_not_taken_for_it() {

@@ -3,11 +3,16 @@
 use crate::support::scripted::ScriptedSink;
 use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{World, eventually, rng};
-use outbox_relay::sink::{Fault, Refusal, SinkState};
+use outbox_relay::ownership::Permit;
+use outbox_relay::sink::{Fault, Publisher, Refusal, Sink, SinkState, Verdict};
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{Route, Row, StoreError, Trouble};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// A key's first row is refused: the others of the key wait for it, other keys do not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -34,6 +39,83 @@ async fn a_refused_row_holds_back_its_key_and_nobody_else() {
     world.drained().await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
+/// Refuses the route `silent` three times, then makes whoever tries it wait.
+#[derive(Clone)]
+struct Gate {
+    taken: Arc<Mutex<Vec<i64>>>,
+    refused: Arc<AtomicU32>,
+    tried: Arc<AtomicBool>,
+    open: watch::Sender<bool>,
+    state: watch::Sender<SinkState>,
+}
+
+impl Sink for Gate {
+    type Publisher = Self;
+
+    fn publisher(&self) -> Self {
+        self.clone()
+    }
+
+    fn state(&self) -> watch::Receiver<SinkState> {
+        self.state.subscribe()
+    }
+
+    async fn close(&self) {}
+}
+
+impl Publisher for Gate {
+    async fn publish(&mut self, batch: &[Row], _: &Permit, _: &CancellationToken) -> Vec<Verdict> {
+        let mut verdicts = Vec::new();
+        for row in batch {
+            let silent = row.route.routing_key == "silent";
+            if silent && self.refused.fetch_add(1, Relaxed) >= 3 {
+                self.tried.store(true, Relaxed);
+                let _ = self.open.subscribe().wait_for(|open| *open).await;
+            }
+            verdicts.push(if silent { Err(Refusal::new(Fault::Silence, "scripted")) } else { Ok(()) });
+            if !silent {
+                self.taken.lock().unwrap().push(row.id);
+            }
+        }
+        verdicts
+    }
+}
+
+/// An operator gives a row another route while it is on its way to the old one: later rows of its key wait for its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_is_mended_while_it_is_tried_is_not_passed() {
+    let row = |id, routing_key: &str| Row {
+        route: Arc::new(Route { exchange: String::new(), routing_key: routing_key.to_owned() }),
+        ordering_key: Some("key".into()),
+        ..plain_row(id)
+    };
+    let gate = Gate {
+        taken: Arc::default(),
+        refused: Arc::default(),
+        tried: Arc::default(),
+        open: watch::Sender::new(false),
+        state: watch::Sender::new(SinkState::Ready),
+    };
+    let store = MemoryStore::default();
+    store.insert(row(1, "silent"));
+    let settings = without_servers(&[
+        ("OUTBOX_RETRY_MIN", "10ms"),
+        ("OUTBOX_RETRY_MAX", "50ms"),
+        ("OUTBOX_POLL_INTERVAL", "10ms"),
+    ]);
+    let relay = RunningRelay::between(settings, store.clone(), gate.clone()).await;
+    eventually("it is tried on its parked route", async || gate.tried.load(Relaxed)).await;
+    assert_eq!(relay.health().await.parked_routes, 1);
+    store.insert(row(1, "fine"));
+    store.insert(row(2, "fine"));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(gate.taken.lock().unwrap().is_empty(), "the second row has passed the first");
+    gate.open.send_replace(true);
+    eventually("both are delivered", async || store.rows().iter().all(|row| !row.pending())).await;
+    assert_eq!(*gate.taken.lock().unwrap(), [1, 2]);
+    relay.stop().await.expect("clean stop");
 }
 
 /// Bindings come and go while rows of few keys flow: refusals everywhere, order everywhere.

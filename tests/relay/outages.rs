@@ -102,6 +102,23 @@ async fn a_memory_alarm_is_waited_out() {
     world.finish(Allowed::default()).await;
 }
 
+/// What cannot come through a slow link within the time of a call is asked for in smaller parts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_too_much_for_a_slow_link_are_read_in_smaller_answers() {
+    let world = World::new().await;
+    // 29 MB, which take 23 s; a call has 20 s.
+    world.sql("insert into outbox (routing_key, payload) select 'ok.1', to_jsonb(repeat('x', 600000)) from generate_series(1, 48)").await;
+    let database = Proxy::to(&world.database_url).await;
+    database.set(Link::Throttle(1_250_000));
+    let url = database.url(&world.database_url);
+    let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_MAX_IN_FLIGHT_BYTES", "32MiB")]).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 8).await;
+    database.set(Link::Pass);
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
 /// Links that are cut or go silent, to the broker and to the database.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_that_is_cut_or_silent_is_made_anew() {

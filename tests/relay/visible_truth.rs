@@ -5,6 +5,35 @@ use crate::support::world::Allowed;
 use crate::support::{World, eventually};
 use std::time::Duration;
 
+/// A trigger that swallows the marks: that is told, nothing is sent again meanwhile, and all goes on when it is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
+    for retention in ["1h", "0"] {
+        let world = World::new().await;
+        world
+            .sql(
+                "create function swallow() returns trigger language plpgsql as 'begin return null; end';
+                 create trigger swallow before update or delete on outbox for each row execute function swallow()",
+            )
+            .await;
+        world.write(10, 2).await;
+        let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
+        eventually("not ready, with the reason", async || {
+            let (status, reason) = relay.get("/readyz").await;
+            status == 503 && reason.contains("10 of 10 marks did not reach their rows")
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert_eq!(world.queue_depth().await, 10, "each was sent once");
+        world.sql("drop trigger swallow on outbox").await;
+        world.drained().await;
+        relay.ready().await;
+        assert_eq!(world.queue_depth().await, 10);
+        relay.stop().await.expect("clean stop");
+        world.finish(Allowed::default()).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_metrics_agree_with_the_table() {
     let world = World::new().await;

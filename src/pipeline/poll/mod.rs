@@ -6,6 +6,7 @@
 //!
 //! It reads only while the broker takes messages: an outage fills no memory.
 
+mod sweep;
 mod watching;
 
 use super::gaps::{AGE, Gaps, HORIZON_IDS};
@@ -25,6 +26,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use sweep::Sweep;
 use tokio::sync::watch::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -44,6 +46,8 @@ const FIRST_ROW_BYTES: usize = 256 * 1024;
 const SHORT_READ_REST: u32 = 2;
 /// Longest such rest: a link that stood still, or a process that was frozen, is part of what a read took.
 const SHORT_READ_REST_MAX: Duration = Duration::from_secs(10);
+/// A read that fails after so long did not fail for a connection that was gone.
+const LONG_READ: Duration = Duration::from_secs(5);
 /// Waiting rows made due with one statement when a route works again.
 const RELEASE_ROWS: usize = 1000;
 
@@ -71,8 +75,7 @@ pub struct Poll<S> {
     /// Up to here rows of others have been told.
     told: i64,
     gaps: Gaps,
-    last_sweep: Instant,
-    sweeping: bool,
+    sweep: Sweep,
     watching: Watching,
     routes: Routes,
     releasing: VecDeque<Arc<Route>>,
@@ -105,7 +108,6 @@ struct Limits {
     /// Rows per statement.
     read_rows: usize,
     poll_interval: Duration,
-    sweep_interval: Duration,
     keep_order: bool,
 }
 
@@ -151,7 +153,6 @@ impl<S: Store> Poll<S> {
             bytes: settings.max_in_flight_bytes,
             read_rows: (settings.batch_size * settings.workers).min(settings.max_in_flight),
             poll_interval: settings.poll_interval,
-            sweep_interval: settings.sweep_interval,
             keep_order: settings.ordering != Ordering::None,
         };
         Self {
@@ -174,8 +175,7 @@ impl<S: Store> Poll<S> {
             last_read: i64::MIN,
             told: i64::MIN,
             gaps: Gaps::default(),
-            last_sweep: Instant::now(),
-            sweeping: false,
+            sweep: Sweep::new(settings.sweep_interval),
             watching: Watching::new(settings.long_poll),
             routes: Routes::new(settings.retry_min, settings.retry_max),
             releasing: VecDeque::new(),
@@ -398,13 +398,11 @@ impl<S: Store> Poll<S> {
             // Others may have written what we believe to be settled.
             self.forget_what_is_settled();
         }
-        if self.last_sweep.elapsed() >= self.limits.sweep_interval {
-            self.sweeping = true;
-        }
+        let sweeping = self.sweep.is_due();
         // A sweep reads what has been passed; what lies behind is unknown and read anyway, so that a standing
         // backlog does not keep the sweep from ending.
         let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
-        let Unknown { ranges, exact } = if self.sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
+        let Unknown { ranges, exact } = if sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
         let (ranges, exact) = match mutant!("read-after-last-id") {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
@@ -414,7 +412,7 @@ impl<S: Store> Poll<S> {
         let free_bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
         let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
         let rows = rows.min((free_bytes / self.row_bytes).max(1));
-        let tells_others = rows >= TELLING_ROWS;
+        let tells_others = rows >= TELLING_ROWS.min(self.limits.read_rows);
         if !tells_others {
             others.clear();
         }
@@ -432,14 +430,15 @@ impl<S: Store> Poll<S> {
         // Once per read, not per settled row: the list has been made here anyway.
         self.metrics.parked_routes.set(ask.parked.len() as i64);
         let started = Instant::now();
+        let read = self.pulse.beat_during(self.store.poll(ask)).await;
+        let took = started.elapsed();
         let Read { mut rows, passed, more, cut_off: _ } =
-            self.pulse.beat_during(self.store.poll(ask)).await?;
-        self.metrics.poll_seconds.observe(started.elapsed().as_secs_f64());
+            read.inspect_err(|error| self.ask_for_less(error, sweeping, took))?;
+        self.metrics.poll_seconds.observe(took.as_secs_f64());
         self.delays = Delays::default();
-        let swept = self.sweeping && !more;
-        if swept {
-            self.sweeping = false;
-            self.last_sweep = Instant::now();
+        let swept = sweeping && !more;
+        if sweeping {
+            self.sweep.read(took, swept);
         }
         let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
         rows.retain(|row| !held(row));
@@ -490,6 +489,23 @@ impl<S: Store> Poll<S> {
         }
     }
 
+    /// A read that failed after a while may have been too much for the time that a statement has: a sweep over what somebody's
+    /// transaction keeps in the index, or rows that are too large for a slow link.
+    fn ask_for_less(&mut self, error: &StoreError, sweeping: bool, took: Duration) {
+        if took < LONG_READ {
+            return;
+        }
+        self.row_bytes = self.row_bytes.saturating_mul(4).min(self.limits.bytes);
+        if sweeping {
+            self.sweep.leave(took);
+            tracing::warn!(
+                reason = error.sentence,
+                seconds = took.as_secs(),
+                "a sweep could not be read to its end; reading what is new, and sweeping later"
+            );
+        }
+    }
+
     /// Notes rows and hands them over, but for those that are in flight.
     async fn send(&mut self, mut rows: Vec<Row>, worker: usize) {
         rows.retain(|row| self.note(row, worker));
@@ -512,6 +528,9 @@ impl<S: Store> Poll<S> {
         let key = row.ordering_key.clone().filter(|_| self.limits.keep_order);
         if let Some(key) = &key {
             self.keys.sent(key);
+            if probe {
+                self.keys.probed(key);
+            }
         }
         self.shards.sent(row.lease);
         let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
@@ -520,7 +539,8 @@ impl<S: Store> Poll<S> {
     }
 
     /// The last worker takes probes only, so that a route without answers costs no other row its time. The
-    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it.
+    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it, and so does
+    /// [`Keys`] while it is in flight.
     fn prober(&self) -> usize {
         self.workers.len() - 1
     }
@@ -684,16 +704,27 @@ impl<S: Store> Poll<S> {
         }
         if self.gaps.is_new() {
             let long_passed = self.pulse.beat_during(self.store.long_passed(first, AGE)).await;
-            // Without it, it takes a little longer.
-            self.gaps.begin(long_passed.ok().flatten(), self.last_read);
+            self.gaps.begin(unless_lost(long_passed)?.flatten(), self.last_read);
         }
-        let Some(last) = self.gaps.ripe() else { return Ok(()) };
-        let ranges = self.known.unknown(RANGES_MAX).ranges;
+        let Some((first, last)) = self.gaps.ripe() else { return Ok(()) };
+        let ranges = self.known.unknown(RANGES_MAX).since(first);
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let started = Instant::now();
         let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
-        let horizon = self.pulse.beat_during(horizon).await?;
-        self.gaps.take(&horizon, self.last_read, &mut self.known);
+        let horizon = self.pulse.beat_during(horizon).await;
+        self.gaps.looked(started.elapsed());
+        if let Some(horizon) = unless_lost(horizon)? {
+            self.gaps.take(&horizon, self.last_read, &mut self.known);
+        }
         Ok(())
+    }
+}
+
+/// What helps and is not needed: without it all goes on, unless the database itself is in trouble.
+fn unless_lost<T>(answer: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+    match answer {
+        Err(error) if error.trouble == Trouble::Contention => Ok(None),
+        answer => answer.map(Some),
     }
 }
 

@@ -108,6 +108,10 @@ impl<S: Store> Poll<S> {
                 Ok(Watched::Due | Watched::Silence) => return PAUSE_MIN,
                 Err(error) => {
                     self.watching.failed(&error);
+                    if error.trouble == Trouble::Outage {
+                        // As in `recover`. The next connection may lead to another server, and at the first try.
+                        self.forget_what_is_settled();
+                    }
                     return pause;
                 }
             }
@@ -121,8 +125,7 @@ impl<S: Store> Poll<S> {
     /// Whatever a watch has seen.
     fn must_read(&self, last_read_at: Instant) -> bool {
         let routes_wait = !self.releasing.is_empty() || self.routes.next_probe().is_some();
-        let sweep_is_due = self.sweeping || self.last_sweep.elapsed() >= self.limits.sweep_interval;
-        routes_wait || sweep_is_due || last_read_at.elapsed() >= self.limits.poll_interval
+        routes_wait || self.sweep.is_due() || last_read_at.elapsed() >= self.limits.poll_interval
     }
 
     /// Lets the database wait for rows to read, as long as nothing else is to be done.

@@ -113,8 +113,32 @@ impl PostgresStore {
         rows.sort_unstable_by_key(|row| row.id);
         let (ids, message_ids): (Vec<i64>, Vec<Uuid>) =
             rows.into_iter().map(|Delivered { id, message_id }| (id, message_id)).unzip();
-        let query = session.query(statement).bind(ids).bind(message_ids);
-        Ok(query.execute(session.connection()).await?.rows_affected())
+        let query = session.query(statement).bind(&ids).bind(&message_ids);
+        let marked = query.execute(session.connection()).await?.rows_affected();
+        // Others may have marked some, or removed them.
+        if marked < ids.len() as u64 {
+            self.expect_none_unmarked(session, &ids, &message_ids).await?;
+        }
+        Ok(marked)
+    }
+
+    /// Rows that stay pending whatever is written would be sent again and again.
+    async fn expect_none_unmarked(
+        &self,
+        session: &mut Session,
+        ids: &[i64],
+        message_ids: &[Uuid],
+    ) -> Result<(), sqlx::Error> {
+        let query = session.query(&self.statements.unmarked).bind(ids).bind(message_ids);
+        let unmarked: i64 = query.fetch_one(session.connection()).await?.try_get(0)?;
+        if unmarked == 0 {
+            return Ok(());
+        }
+        let sentence = format!(
+            "{unmarked} of {} marks did not reach their rows; look for a trigger, a rule or row-level security on the outbox that keeps this login from changing them",
+            ids.len()
+        );
+        Err(sqlx::Error::Configuration(sentence.into()))
     }
 
     async fn mark_waiting(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
