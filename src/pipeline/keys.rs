@@ -23,15 +23,15 @@ impl Keys {
         *self.in_flight.entry(Arc::clone(key)).or_default() += 1;
     }
 
-    /// A row of this key is settled.
-    pub fn settled(&mut self, key: &Arc<str>) {
-        if let Some(count) = self.in_flight.get_mut(key) {
-            *count -= 1;
-            if *count == 0 {
-                self.in_flight.remove(key);
-                self.probed.remove(key);
-            }
+    /// A row of this key is settled. True if that was a probe, so that others may be read now.
+    pub fn settled(&mut self, key: &Arc<str>) -> bool {
+        let Some(count) = self.in_flight.get_mut(key) else { return false };
+        *count -= 1;
+        if *count > 0 {
+            return false;
         }
+        self.in_flight.remove(key);
+        self.probed.remove(key)
     }
 
     /// The row of this key that is in flight tries a parked route.

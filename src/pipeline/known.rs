@@ -37,9 +37,12 @@ pub struct Unknown {
 
 impl Unknown {
     /// The part of it from this id on.
-    pub fn since(self, id: i64) -> Vec<(i64, i64)> {
-        let since = self.ranges.into_iter().filter(|(_, last)| *last >= id);
-        since.map(|(first, last)| (first.max(id), last)).collect()
+    pub fn since(mut self, id: i64) -> Self {
+        self.ranges.retain(|(_, last)| *last >= id);
+        if let Some((first, _)) = self.ranges.first_mut() {
+            *first = id.max(*first);
+        }
+        self
     }
 }
 

@@ -20,7 +20,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
         let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
         eventually("not ready, with the reason", async || {
             let (status, reason) = relay.get("/readyz").await;
-            status == 503 && reason.contains("10 of 10 marks did not reach their rows")
+            status == 503 && reason.contains("marks did not reach their rows")
         })
         .await;
         tokio::time::sleep(Duration::from_millis(500)).await;

@@ -46,8 +46,8 @@ const FIRST_ROW_BYTES: usize = 256 * 1024;
 const SHORT_READ_REST: u32 = 2;
 /// Longest such rest: a link that stood still, or a process that was frozen, is part of what a read took.
 const SHORT_READ_REST_MAX: Duration = Duration::from_secs(10);
-/// A read that fails after so long did not fail for a connection that was gone.
-const LONG_READ: Duration = Duration::from_secs(5);
+/// A read that fails after so long did not fail for a lock (5 s) or for a connection that could not be made (10 s).
+const LONG_READ: Duration = Duration::from_secs(12);
 /// Waiting rows made due with one statement when a route works again.
 const RELEASE_ROWS: usize = 1000;
 
@@ -76,6 +76,8 @@ pub struct Poll<S> {
     told: i64,
     gaps: Gaps,
     sweep: Sweep,
+    /// The next read begins behind this id: up to there all that can be read now has been, and keys that wait have many rows.
+    behind: Option<i64>,
     watching: Watching,
     routes: Routes,
     releasing: VecDeque<Arc<Route>>,
@@ -176,6 +178,7 @@ impl<S: Store> Poll<S> {
             told: i64::MIN,
             gaps: Gaps::default(),
             sweep: Sweep::new(settings.sweep_interval),
+            behind: None,
             watching: Watching::new(settings.long_poll),
             routes: Routes::new(settings.retry_min, settings.retry_max),
             releasing: VecDeque::new(),
@@ -384,6 +387,7 @@ impl<S: Store> Poll<S> {
             self.known.add(*id);
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
+        self.behind = None;
         self.told = i64::MIN;
         self.gaps = Gaps::default();
         self.watching.forget();
@@ -402,7 +406,9 @@ impl<S: Store> Poll<S> {
         // A sweep reads what has been passed; what lies behind is unknown and read anyway, so that a standing
         // backlog does not keep the sweep from ending.
         let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
-        let Unknown { ranges, exact } = if sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
+        let unknown = if sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
+        let Unknown { ranges, exact } =
+            unknown.since(self.behind.map_or(i64::MIN, |id| id.saturating_add(1)));
         let (ranges, exact) = match mutant!("read-after-last-id") {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
@@ -440,12 +446,14 @@ impl<S: Store> Poll<S> {
         if sweeping {
             self.sweep.read(took, swept);
         }
-        let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
-        rows.retain(|row| !held(row));
+        let last = rows.last().map(|row| row.id).max(passed.last().copied());
+        let some_wait = self.drop_held(&mut rows);
+        // Their keys may wait for long, and have more rows than fit into an answer.
+        self.behind = last.filter(|_| more && (some_wait || self.behind.is_some()));
         let found = match (more, rows.is_empty()) {
             (true, false) => Found::More,
             // It has got on.
-            (true, true) if !passed.is_empty() => Found::More,
+            (true, true) if some_wait || !passed.is_empty() => Found::More,
             (true, true) => Found::TooLarge,
             // It has not looked at what is new.
             (false, true) if swept => Found::More,
@@ -453,14 +461,13 @@ impl<S: Store> Poll<S> {
             (false, true) => Found::Nothing,
         };
         if tells_others {
-            let last = rows.last().map(|row| row.id).max(passed.last().copied());
             self.told = self.told.max(last.unwrap_or(i64::MIN));
         }
         for id in passed {
             self.last_read = self.last_read.max(id);
             self.known.add(id);
         }
-        self.remember_row_size(&rows);
+        self.remember_row_size(&rows, more);
         if self.sweeping_found_known_ids(&rows) {
             self.forget_what_is_settled();
         }
@@ -481,8 +488,21 @@ impl<S: Store> Poll<S> {
         rows.iter().any(again)
     }
 
-    fn remember_row_size(&mut self, rows: &[Row]) {
-        if !rows.is_empty() {
+    /// Drops rows of keys that may not be read now; true if there were any.
+    fn drop_held(&self, rows: &mut Vec<Row>) -> bool {
+        let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
+        let before = rows.len();
+        rows.retain(|row| !held(row));
+        rows.len() < before
+    }
+
+    fn remember_row_size(&mut self, rows: &[Row], more: bool) {
+        if rows.is_empty() {
+            // Whatever was too much once is gone, or is not ours.
+            if !more && self.row_bytes > FIRST_ROW_BYTES {
+                self.row_bytes = (self.row_bytes / 2).max(FIRST_ROW_BYTES);
+            }
+        } else {
             let mean = rows.iter().map(Row::bytes).sum::<usize>() / rows.len();
             // Growing at once and shrinking slowly errs on the side of small answers.
             self.row_bytes = mean.max((self.row_bytes * 3 + mean) / 4).max(1);
@@ -573,7 +593,9 @@ impl<S: Store> Poll<S> {
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
         if let Some(key) = &key_in_flight {
-            self.keys.settled(key);
+            if self.keys.settled(key) {
+                self.behind = None;
+            }
         }
         match fate {
             Fate::Delivered { certain } => {
@@ -609,6 +631,7 @@ impl<S: Store> Poll<S> {
         }
         if let Some(key) = key_in_flight {
             for worker in self.keys.take_resumed(&key) {
+                self.behind = None;
                 // The table holds the key back from here on.
                 self.resume(worker, Arc::clone(&key)).await;
             }
@@ -707,7 +730,7 @@ impl<S: Store> Poll<S> {
             self.gaps.begin(unless_lost(long_passed)?.flatten(), self.last_read);
         }
         let Some((first, last)) = self.gaps.ripe() else { return Ok(()) };
-        let ranges = self.known.unknown(RANGES_MAX).since(first);
+        let Unknown { ranges, exact: _ } = self.known.unknown(RANGES_MAX).since(first);
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
         let started = Instant::now();
         let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
