@@ -592,10 +592,8 @@ impl<S: Store> Poll<S> {
         let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched } = settled;
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
-        if let Some(key) = &key_in_flight {
-            if self.keys.settled(key) {
-                self.behind = None;
-            }
+        if key_in_flight.as_ref().is_some_and(|key| self.keys.settled(key)) {
+            self.behind = None;
         }
         match fate {
             Fate::Delivered { certain } => {
