@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How often gaps between ids are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A look is followed by so many times its duration of rest: it may walk over what somebody's transaction keeps in the index.
+/// A look that fails is followed by so many times its duration of rest: somebody's transaction keeps more in the index than can
+/// be walked over in time.
 const REST: u32 = 20;
 /// The longest rest: a process that was frozen is part of what a look took.
 const REST_MAX: Duration = Duration::from_secs(600);
@@ -45,13 +46,13 @@ impl Gaps {
     pub fn is_due(&mut self) -> bool {
         let due = self.next_look.is_none_or(|at| Instant::now() >= at);
         if due {
-            self.looked(Duration::ZERO);
+            self.next_look = Some(Instant::now() + INTERVAL);
         }
         due
     }
 
-    /// A look took so long.
-    pub fn looked(&mut self, took: Duration) {
+    /// A look took so long and failed.
+    pub fn failed(&mut self, took: Duration) {
         self.next_look = Some(Instant::now() + INTERVAL.max((took * REST).min(REST_MAX)));
     }
 
@@ -155,10 +156,10 @@ mod tests {
     }
 
     #[test]
-    fn a_look_that_took_long_is_followed_by_a_longer_rest() {
+    fn a_look_that_failed_is_followed_by_a_longer_rest() {
         let mut gaps = Gaps::default();
         assert!(gaps.is_due());
-        gaps.looked(Duration::from_secs(1));
+        gaps.failed(Duration::from_secs(1));
         let rest = gaps.next_look.expect("a rest").saturating_duration_since(Instant::now());
         assert!(rest > Duration::from_secs(19), "{rest:?}");
     }

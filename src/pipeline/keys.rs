@@ -3,7 +3,7 @@
 //! A worker that refused a row gives back later rows of its key, also those that wait in its channel unread. As long as
 //! one of them is on its way, no row of the key may be read: it would get behind the end of the hold and pass them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Keys as poll sees them.
@@ -12,9 +12,6 @@ pub struct Keys {
     in_flight: HashMap<Arc<str>, usize>,
     /// Workers that hold a key, once for each refusal, until nothing of it is in flight.
     held: HashMap<Arc<str>, Vec<usize>>,
-    /// Keys of rows that try a parked route, by a worker of its own. The table holds their later rows back, but no longer
-    /// when somebody mends the row there meanwhile.
-    probed: HashSet<Arc<str>>,
 }
 
 impl Keys {
@@ -23,20 +20,14 @@ impl Keys {
         *self.in_flight.entry(Arc::clone(key)).or_default() += 1;
     }
 
-    /// A row of this key is settled. True if that was a probe, so that others may be read now.
-    pub fn settled(&mut self, key: &Arc<str>) -> bool {
-        let Some(count) = self.in_flight.get_mut(key) else { return false };
-        *count -= 1;
-        if *count > 0 {
-            return false;
+    /// A row of this key is settled.
+    pub fn settled(&mut self, key: &Arc<str>) {
+        if let Some(count) = self.in_flight.get_mut(key) {
+            *count -= 1;
+            if *count == 0 {
+                self.in_flight.remove(key);
+            }
         }
-        self.in_flight.remove(key);
-        self.probed.remove(key)
-    }
-
-    /// The row of this key that is in flight tries a parked route.
-    pub fn probed(&mut self, key: &Arc<str>) {
-        self.probed.insert(Arc::clone(key));
     }
 
     /// The refusal of a row is in the table; this worker holds its key still.
@@ -46,8 +37,7 @@ impl Keys {
 
     /// No row of this key may be read now.
     pub fn is_held(&self, key: &str) -> bool {
-        let held = !self.held.is_empty() && self.held.contains_key(key);
-        held || (!self.probed.is_empty() && self.probed.contains(key))
+        !self.held.is_empty() && self.held.contains_key(key)
     }
 
     /// The workers that may take this key again, because nothing of it is in flight any more.
@@ -74,17 +64,6 @@ mod tests {
         keys.settled(&key);
         assert_eq!(keys.take_resumed(&key), [3]);
         assert!(!keys.is_held("k"));
-    }
-
-    #[test]
-    fn a_probed_key_waits_for_its_probe() {
-        let (mut keys, key) = (Keys::default(), Arc::<str>::from("k"));
-        keys.sent(&key);
-        keys.probed(&key);
-        assert!(keys.is_held("k"));
-        keys.settled(&key);
-        assert!(!keys.is_held("k"));
-        assert!(keys.take_resumed(&key).is_empty(), "no worker holds it");
     }
 
     #[test]

@@ -3,16 +3,11 @@
 use crate::support::scripted::ScriptedSink;
 use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{World, eventually, rng};
-use outbox_relay::ownership::Permit;
-use outbox_relay::sink::{Fault, Publisher, Refusal, Sink, SinkState, Verdict};
+use outbox_relay::sink::{Fault, Refusal, SinkState};
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{Route, Row, StoreError, Trouble};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
-use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use std::sync::Arc;
 
 /// A key's first row is refused: the others of the key wait for it, other keys do not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -39,85 +34,6 @@ async fn a_refused_row_holds_back_its_key_and_nobody_else() {
     world.drained().await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
-}
-
-/// Refuses the route `silent` three times, then makes whoever tries it wait.
-#[derive(Clone)]
-struct Gate {
-    taken: Arc<Mutex<Vec<i64>>>,
-    refused: Arc<AtomicU32>,
-    tried: Arc<AtomicBool>,
-    open: watch::Sender<bool>,
-    state: watch::Sender<SinkState>,
-}
-
-impl Sink for Gate {
-    type Publisher = Self;
-
-    fn publisher(&self) -> Self {
-        self.clone()
-    }
-
-    fn state(&self) -> watch::Receiver<SinkState> {
-        self.state.subscribe()
-    }
-
-    async fn close(&self) {}
-}
-
-impl Publisher for Gate {
-    async fn publish(&mut self, batch: &[Row], _: &Permit, _: &CancellationToken) -> Vec<Verdict> {
-        let mut verdicts = Vec::new();
-        for row in batch {
-            let silent = row.route.routing_key == "silent";
-            if silent && self.refused.fetch_add(1, Relaxed) >= 3 {
-                self.tried.store(true, Relaxed);
-                let _ = self.open.subscribe().wait_for(|open| *open).await;
-            }
-            verdicts.push(if silent { Err(Refusal::new(Fault::Destination, "scripted")) } else { Ok(()) });
-            if !silent {
-                self.taken.lock().unwrap().push(row.id);
-            }
-        }
-        verdicts
-    }
-}
-
-/// An operator gives a row another route while it is on its way to the old one: later rows of its key wait for its end.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_row_that_is_mended_while_it_is_tried_is_not_passed() {
-    let row = |id, routing_key: &str| Row {
-        route: Arc::new(Route { exchange: String::new(), routing_key: routing_key.to_owned() }),
-        ordering_key: Some("key".into()),
-        ..plain_row(id)
-    };
-    let gate = Gate {
-        taken: Arc::default(),
-        refused: Arc::default(),
-        tried: Arc::default(),
-        open: watch::Sender::new(false),
-        state: watch::Sender::new(SinkState::Ready),
-    };
-    let store = MemoryStore::default();
-    store.insert(row(1, "silent"));
-    let settings = without_servers(&[
-        ("OUTBOX_RETRY_MIN", "10ms"),
-        ("OUTBOX_RETRY_MAX", "50ms"),
-        ("OUTBOX_POLL_INTERVAL", "10ms"),
-    ]);
-    let relay = RunningRelay::between(settings, store.clone(), gate.clone()).await;
-    eventually("it is tried on its parked route", async || gate.tried.load(Relaxed)).await;
-    assert_eq!(relay.health().await.parked_routes, 1);
-    // More rows than fit into an answer, and one behind them that waits for nobody.
-    (1..=1_500).for_each(|id| store.insert(row(id, "fine")));
-    store.insert(Row { ordering_key: Some("other".into()), ..row(2_000, "fine") });
-    eventually("another key goes on", async || !gate.taken.lock().unwrap().is_empty()).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    assert!(gate.taken.lock().unwrap().iter().eq(&[2_000]), "later rows of the key have passed the first");
-    gate.open.send_replace(true);
-    eventually("both are delivered", async || store.rows().iter().all(|row| !row.pending())).await;
-    assert!(gate.taken.lock().unwrap().iter().skip(1).copied().eq(1..=1_500), "in order");
-    relay.stop().await.expect("clean stop");
 }
 
 /// Bindings come and go while rows of few keys flow: refusals everywhere, order everywhere.
@@ -244,7 +160,7 @@ async fn order_survives_every_kind_of_refusal() {
             };
             Err(Refusal::new(fault, "scripted"))
         })
-        .slow(Duration::from_millis(round * 5));
+        .slow(std::time::Duration::from_millis(round * 5));
         let settings = without_servers(&[
             ("OUTBOX_RETRY_MIN", "1ms"),
             ("OUTBOX_RETRY_MAX", "10ms"),
@@ -259,7 +175,7 @@ async fn order_survives_every_kind_of_refusal() {
             store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
             if rng.u8(0..3) == 0 {
                 sink.set_state(SinkState::Away { configuration: false, reason: "scripted".to_owned() });
-                tokio::time::sleep(Duration::from_millis(rng.u64(0..20))).await;
+                tokio::time::sleep(std::time::Duration::from_millis(rng.u64(0..20))).await;
                 sink.set_state(SinkState::Ready);
             }
         }
@@ -287,7 +203,7 @@ async fn order_survives_refusals_while_a_worker_is_slow() {
             false => Ok(()),
         }
     })
-    .slow(Duration::from_millis(40));
+    .slow(std::time::Duration::from_millis(40));
     let settings = without_servers(&[
         ("OUTBOX_RETRY_MIN", "1ms"),
         ("OUTBOX_RETRY_MAX", "5ms"),
@@ -298,7 +214,7 @@ async fn order_survives_refusals_while_a_worker_is_slow() {
     for id in 1..=400 {
         store.insert(row(id, Some(format!("k{}", rng.u8(0..4)))));
         if id % 2 == 0 {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     }
     eventually("all rows are delivered", async || store.rows().iter().all(|stored| !stored.pending())).await;

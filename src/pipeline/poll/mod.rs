@@ -76,8 +76,6 @@ pub struct Poll<S> {
     told: i64,
     gaps: Gaps,
     sweep: Sweep,
-    /// The next read begins behind this id: up to there all that can be read now has been, and keys that wait have many rows.
-    behind: Option<i64>,
     watching: Watching,
     routes: Routes,
     releasing: VecDeque<Arc<Route>>,
@@ -178,7 +176,6 @@ impl<S: Store> Poll<S> {
             told: i64::MIN,
             gaps: Gaps::default(),
             sweep: Sweep::new(settings.sweep_interval),
-            behind: None,
             watching: Watching::new(settings.long_poll),
             routes: Routes::new(settings.retry_min, settings.retry_max),
             releasing: VecDeque::new(),
@@ -387,7 +384,6 @@ impl<S: Store> Poll<S> {
             self.known.add(*id);
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
-        self.behind = None;
         self.told = i64::MIN;
         self.gaps = Gaps::default();
         self.watching.forget();
@@ -406,9 +402,7 @@ impl<S: Store> Poll<S> {
         // A sweep reads what has been passed; what lies behind is unknown and read anyway, so that a standing
         // backlog does not keep the sweep from ending.
         let passed = || Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
-        let unknown = if sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
-        let Unknown { ranges, exact } =
-            unknown.since(self.behind.map_or(i64::MIN, |id| id.saturating_add(1)));
+        let Unknown { ranges, exact } = if sweeping { passed() } else { self.known.unknown(RANGES_MAX) };
         let (ranges, exact) = match mutant!("read-after-last-id") {
             true => (vec![(self.last_read.saturating_add(1), i64::MAX)], true),
             false => (ranges, exact),
@@ -446,14 +440,12 @@ impl<S: Store> Poll<S> {
         if sweeping {
             self.sweep.read(took, swept);
         }
-        let last = rows.last().map(|row| row.id).max(passed.last().copied());
-        let some_wait = self.drop_held(&mut rows);
-        // Their keys may wait for long, and have more rows than fit into an answer.
-        self.behind = last.filter(|_| more && (some_wait || self.behind.is_some()));
+        let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
+        rows.retain(|row| !held(row));
         let found = match (more, rows.is_empty()) {
             (true, false) => Found::More,
             // It has got on.
-            (true, true) if some_wait || !passed.is_empty() => Found::More,
+            (true, true) if !passed.is_empty() => Found::More,
             (true, true) => Found::TooLarge,
             // It has not looked at what is new.
             (false, true) if swept => Found::More,
@@ -461,6 +453,7 @@ impl<S: Store> Poll<S> {
             (false, true) => Found::Nothing,
         };
         if tells_others {
+            let last = rows.last().map(|row| row.id).max(passed.last().copied());
             self.told = self.told.max(last.unwrap_or(i64::MIN));
         }
         for id in passed {
@@ -486,14 +479,6 @@ impl<S: Store> Poll<S> {
     fn sweeping_found_known_ids(&self, rows: &[Row]) -> bool {
         let again = |row: &Row| self.known.contains(row.id) && !self.in_flight.contains_key(&row.id);
         rows.iter().any(again)
-    }
-
-    /// Drops rows of keys that may not be read now; true if there were any.
-    fn drop_held(&self, rows: &mut Vec<Row>) -> bool {
-        let held = |row: &Row| row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key));
-        let before = rows.len();
-        rows.retain(|row| !held(row));
-        rows.len() < before
     }
 
     fn remember_row_size(&mut self, rows: &[Row], more: bool) {
@@ -548,9 +533,6 @@ impl<S: Store> Poll<S> {
         let key = row.ordering_key.clone().filter(|_| self.limits.keep_order);
         if let Some(key) = &key {
             self.keys.sent(key);
-            if probe {
-                self.keys.probed(key);
-            }
         }
         self.shards.sent(row.lease);
         let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
@@ -559,8 +541,7 @@ impl<S: Store> Poll<S> {
     }
 
     /// The last worker takes probes only, so that a route without answers costs no other row its time. The
-    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it, and so does
-    /// [`Keys`] while it is in flight.
+    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it.
     fn prober(&self) -> usize {
         self.workers.len() - 1
     }
@@ -592,8 +573,8 @@ impl<S: Store> Poll<S> {
         let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched } = settled;
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
-        if key_in_flight.as_ref().is_some_and(|key| self.keys.settled(key)) {
-            self.behind = None;
+        if let Some(key) = &key_in_flight {
+            self.keys.settled(key);
         }
         match fate {
             Fate::Delivered { certain } => {
@@ -629,7 +610,6 @@ impl<S: Store> Poll<S> {
         }
         if let Some(key) = key_in_flight {
             for worker in self.keys.take_resumed(&key) {
-                self.behind = None;
                 // The table holds the key back from here on.
                 self.resume(worker, Arc::clone(&key)).await;
             }
@@ -733,9 +713,9 @@ impl<S: Store> Poll<S> {
         let started = Instant::now();
         let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
         let horizon = self.pulse.beat_during(horizon).await;
-        self.gaps.looked(started.elapsed());
-        if let Some(horizon) = unless_lost(horizon)? {
-            self.gaps.take(&horizon, self.last_read, &mut self.known);
+        match unless_lost(horizon)? {
+            Some(horizon) => self.gaps.take(&horizon, self.last_read, &mut self.known),
+            None => self.gaps.failed(started.elapsed()),
         }
         Ok(())
     }
