@@ -130,12 +130,17 @@ async fn a_link_that_is_cut_or_silent_is_made_anew() {
         .relay(&[("AMQP_URL", &amqp_url), ("DATABASE_URL", &database_url), ("OUTBOX_CONFIRM_TIMEOUT", "1s")])
         .await;
     relay.ready().await;
+    // For this reason and no other, or the fault may be over before its connection has met it.
+    let missed = async |name: &str| {
+        let (status, reason) = relay.get("/readyz").await;
+        status == 503 && reason.starts_with(name)
+    };
     let mut faults = 0;
     for _ in 0..3 {
-        for proxy in [&broker, &database] {
+        for (name, proxy) in [("broker", &broker), ("database", &database)] {
             world.write(3_000, 50).await;
             proxy.set(Link::Cut);
-            eventually("not ready", async || relay.get("/readyz").await.0 == 503).await;
+            eventually("not ready", async || missed(name).await).await;
             proxy.set(Link::Pass);
             relay.ready().await;
             faults += 1;
@@ -143,10 +148,10 @@ async fn a_link_that_is_cut_or_silent_is_made_anew() {
     }
     // Silence instead of an end: the broker's is noticed by its missing heartbeat, the database's by the limit
     // of a call.
-    for proxy in [&broker, &database] {
+    for (name, proxy) in [("broker", &broker), ("database", &database)] {
         proxy.set(Link::Silent);
         world.write(3_000, 50).await;
-        eventually("not ready", async || relay.get("/readyz").await.0 == 503).await;
+        eventually("not ready", async || missed(name).await).await;
         proxy.set(Link::Cut);
         tokio::time::sleep(Duration::from_millis(100)).await;
         proxy.set(Link::Pass);
