@@ -3,7 +3,7 @@
 //! statement took.
 
 use crate::ownership::Holdings;
-use crate::retry::Delays;
+use crate::retry::{Delays, Rest};
 use crate::store::{Bite, Census, Store};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::sync::Arc;
@@ -14,9 +14,8 @@ use tokio_util::sync::CancellationToken;
 /// How often rows are counted while counting is quick.
 const CENSUS_INTERVAL: Duration = Duration::from_secs(1);
 /// A statement that took long is followed by this many times its duration of rest: 5 % of one connection.
-const CENSUS_REST: f64 = 20.0;
-/// Longest such rest, so that a server that was frozen while it counted is not left out of sight for long.
-const CENSUS_REST_MAX: Duration = Duration::from_secs(30);
+/// Not for long, so that a server that was frozen while it counted is in sight again soon.
+const CENSUS_REST: Rest = Rest { times: 20, at_most: Duration::from_secs(30) };
 /// Rows a bite of retention looks at.
 const BITE_ROWS: usize = 1000;
 /// Bites without an expired row that end a pass: rows that were delivered late lie among older ones.
@@ -45,8 +44,8 @@ pub async fn census<S: Store>(
                     show(&census, &metrics);
                     board.set_census(census);
                     // By the server's own measure: a link that stood still costs it nothing.
-                    let rest = Duration::from_secs_f64(census.took_seconds.max(0.0) * CENSUS_REST);
-                    rest.clamp(CENSUS_INTERVAL, CENSUS_REST_MAX)
+                    let took = Duration::from_secs_f64(census.took_seconds.max(0.0));
+                    CENSUS_INTERVAL.max(CENSUS_REST.after(took))
                 }
                 Err(error) => {
                     board.database_down(DatabaseUser::Housekeeping, &error);

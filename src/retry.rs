@@ -104,6 +104,25 @@ pub struct Backoff {
     pub max: Duration,
 }
 
+/// Rest in proportion to what something took, so that whatever is slow has a bounded share of its connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Rest {
+    /// So many times its duration.
+    pub times: u32,
+    /// The longest: an outage, or a process that was frozen, may be part of what it took.
+    pub at_most: Duration,
+}
+
+impl Rest {
+    /// After something that took so long.
+    pub fn after(self, took: Duration) -> Duration {
+        (took * self.times).min(self.at_most)
+    }
+}
+
+/// After walking over what somebody's transaction keeps in the index: 5 % of one connection.
+pub const WALK_REST: Rest = Rest { times: 20, at_most: Duration::from_secs(600) };
+
 /// Reconnects after an outage: quick at first, since most are a restart.
 pub const OUTAGE_BACKOFF: Backoff = Backoff { min: Duration::from_millis(50), max: Duration::from_secs(15) };
 /// Tries after a refused login, a missing schema: somebody has to act first.

@@ -7,16 +7,12 @@
 
 use super::known::Known;
 use crate::mutants::mutant;
+use crate::retry::WALK_REST;
 use crate::store::Horizon;
 use std::time::{Duration, Instant};
 
 /// How often gaps between ids are looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A look that fails is followed by so many times its duration of rest: somebody's transaction keeps more in the index than can
-/// be walked over in time.
-const REST: u32 = 20;
-/// The longest rest: a process that was frozen is part of what a look took.
-const REST_MAX: Duration = Duration::from_secs(600);
 /// Longest time between `nextval` and the first write of its transaction.
 pub const AGE: Duration = Duration::from_secs(5);
 /// Pending ids looked at per horizon.
@@ -51,9 +47,9 @@ impl Gaps {
         due
     }
 
-    /// A look took so long and failed.
+    /// A look took so long and failed: there is more to walk over than can be in time.
     pub fn failed(&mut self, took: Duration) {
-        self.next_look = Some(Instant::now() + INTERVAL.max((took * REST).min(REST_MAX)));
+        self.next_look = Some(Instant::now() + INTERVAL.max(WALK_REST.after(took)));
     }
 
     /// Nothing is noted yet: see [`Gaps::begin`].

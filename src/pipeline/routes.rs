@@ -4,7 +4,7 @@
 //! A parked route costs one message per probe however many rows wait for it. New rows of a parked
 //! route are still tried once each, so that every waiting row carries its own reason. Owned by `poll`.
 
-use crate::retry::Backoff;
+use crate::retry::{Backoff, Rest};
 use crate::store::Route;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,9 +17,7 @@ const ROUTES_MAX: usize = 1024;
 /// Longest pause between two probes of a route, so that a new binding is noticed soon.
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// A probe that took long, because no answer came, is followed by this many times its duration of rest.
-const PROBE_REST: u32 = 10;
-/// Longest rest all the same: an outage may have been part of what a probe took.
-const PROBE_REST_MAX: Duration = Duration::from_secs(300);
+const PROBE_REST: Rest = Rest { times: 10, at_most: Duration::from_secs(300) };
 
 /// Routes that have refused a message since their last success.
 #[derive(Debug)]
@@ -76,7 +74,7 @@ impl Routes {
             state.probes = state.probes.saturating_add(1);
             let pause = backoff.delay(state.probes);
             let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
-            state.next_probe = now + pause.max((took * PROBE_REST).min(PROBE_REST_MAX));
+            state.next_probe = now + pause.max(PROBE_REST.after(took));
         }
         if was_parked || !state.parked() {
             return Parking::Unchanged;
@@ -192,7 +190,7 @@ mod tests {
         assert!(routes.take_due_probe(sent).is_some());
         let answered = sent + Duration::from_secs(3600);
         routes.refused(&route, true, answered);
-        assert!(routes.take_due_probe(answered + PROBE_REST_MAX).is_some());
+        assert!(routes.take_due_probe(answered + PROBE_REST.at_most).is_some());
     }
 
     #[test]

@@ -189,8 +189,10 @@ async fn a_dead_row_can_be_sent_again_to_a_relay_that_was_started_since() {
     let relay = world.relay(&settings).await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
-    // The delivered ones tell by now that all ids up to theirs were given out long ago.
-    tokio::time::sleep(Duration::from_secs(6)).await;
+    // From then on the delivered ones tell that all ids up to theirs were given out long ago.
+    world
+        .until("select count(*) from outbox where delivered_at > clock_timestamp() - interval '5 s'", 0)
+        .await;
     let relay = world.relay(&settings).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     world.bind("lost.#").await;

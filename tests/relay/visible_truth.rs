@@ -5,17 +5,25 @@ use crate::support::world::Allowed;
 use crate::support::{World, eventually};
 use std::time::Duration;
 
-/// A trigger that swallows the marks: that is told, nothing is sent again meanwhile, and all goes on when it is gone.
+/// A trigger that swallows the marks, or a policy that hides the rows from them: that is told, nothing is sent again meanwhile, and all goes on when it is gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
-    for retention in ["1h", "0"] {
+    let swallow = "create function swallow() returns trigger language plpgsql as 'begin return null; end';
+        create trigger swallow before update or delete on outbox for each row execute function swallow()";
+    let hide = "create policy see on outbox for select using (true);
+        create policy write on outbox for insert with check (true);
+        alter table outbox enable row level security, force row level security";
+    let (no_trigger, no_policy) =
+        ("drop trigger swallow on outbox", "alter table outbox disable row level security");
+    let hindrances = [
+        ("1h", swallow, no_trigger),
+        ("0", swallow, no_trigger),
+        ("1h", hide, no_policy),
+        ("0", hide, no_policy),
+    ];
+    for (retention, hinder, mend) in hindrances {
         let world = World::new().await;
-        world
-            .sql(
-                "create function swallow() returns trigger language plpgsql as 'begin return null; end';
-                 create trigger swallow before update or delete on outbox for each row execute function swallow()",
-            )
-            .await;
+        world.sql(hinder).await;
         world.write(10, 2).await;
         let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
         eventually("not ready, with the reason", async || {
@@ -23,9 +31,10 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
             status == 503 && reason.contains("marks did not reach their rows")
         })
         .await;
+        eventually("all are sent", async || world.queue_depth().await == 10).await;
         tokio::time::sleep(Duration::from_millis(500)).await;
         assert_eq!(world.queue_depth().await, 10, "each was sent once");
-        world.sql("drop trigger swallow on outbox").await;
+        world.sql(mend).await;
         world.drained().await;
         relay.ready().await;
         assert_eq!(world.queue_depth().await, 10);

@@ -18,7 +18,7 @@ use super::{Fate, Settled, Work, hand_over, worth_a_statement};
 use crate::config::{Ordering, Settings};
 use crate::mutants::mutant;
 use crate::ownership::Holdings;
-use crate::retry::Delays;
+use crate::retry::{Delays, Rest};
 use crate::sink::SinkState;
 use crate::store::{Ask, Lease, Others, Read, Route, Row, Share, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
@@ -43,9 +43,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(1);
 const FIRST_ROW_BYTES: usize = 256 * 1024;
 /// A read that finds little may take long, when many rows wait behind a refused one. It is followed by this
 /// many times its duration of rest.
-const SHORT_READ_REST: u32 = 2;
-/// Longest such rest: a link that stood still, or a process that was frozen, is part of what a read took.
-const SHORT_READ_REST_MAX: Duration = Duration::from_secs(10);
+const SHORT_READ_REST: Rest = Rest { times: 2, at_most: Duration::from_secs(10) };
 /// A read that fails after so long did not fail for a lock (5 s) or for a connection that could not be made (10 s).
 const LONG_READ: Duration = Duration::from_secs(12);
 /// Waiting rows made due with one statement when a route works again.
@@ -244,7 +242,7 @@ impl<S: Store> Poll<S> {
                 Found::Nothing => pause *= 2,
             }
             pause = pause.min(self.longest_pause());
-            self.rest(pause.max((begun.elapsed() * SHORT_READ_REST).min(SHORT_READ_REST_MAX))).await;
+            self.rest(pause.max(SHORT_READ_REST.after(begun.elapsed()))).await;
             if found == Found::Nothing && self.watching.is_open() {
                 pause = self.watch_on(begun, pause).await;
             }
@@ -502,7 +500,7 @@ impl<S: Store> Poll<S> {
         }
         self.row_bytes = self.row_bytes.saturating_mul(4).min(self.limits.bytes);
         if sweeping {
-            self.sweep.leave(took);
+            self.sweep.read(took, true);
             tracing::warn!(
                 reason = error.sentence,
                 seconds = took.as_secs(),
@@ -699,16 +697,16 @@ impl<S: Store> Poll<S> {
     /// Learns which passed-over ids will never appear, so that they are not asked for again.
     async fn close_gaps(&mut self) -> Result<(), StoreError> {
         // Only up to what has been read: what lies beyond, no sweep would find.
-        let Some(first) = self.known.first() else { return Ok(()) };
+        let Some(first_known) = self.known.first() else { return Ok(()) };
         if !self.known.has_gap_below(self.last_read) || !self.gaps.is_due() {
             return Ok(());
         }
         if self.gaps.is_new() {
-            let long_passed = self.pulse.beat_during(self.store.long_passed(first, AGE)).await;
+            let long_passed = self.pulse.beat_during(self.store.long_passed(first_known, AGE)).await;
             self.gaps.begin(unless_lost(long_passed)?.flatten(), self.last_read);
         }
         let Some((first, last)) = self.gaps.ripe() else { return Ok(()) };
-        let Unknown { ranges, exact: _ } = self.known.unknown(RANGES_MAX).since(first);
+        let ranges = self.known.unknown(RANGES_MAX).since(first).ranges;
         let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
         let started = Instant::now();
         let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);

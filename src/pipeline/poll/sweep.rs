@@ -3,12 +3,8 @@
 //! A sweep walks over what a transaction of somebody keeps in the index, which may be millions of entries. So its rest
 //! grows with what it took, and one that meets the time limit of a statement is left: what is new goes first.
 
+use crate::retry::WALK_REST;
 use std::time::{Duration, Instant};
-
-/// A sweep is followed by so many times its duration of rest.
-const REST: u32 = 20;
-/// The longest rest, unless sweeps are wanted less often.
-const REST_MAX: Duration = Duration::from_secs(600);
 
 /// The next sweep, or the one under way.
 #[derive(Debug)]
@@ -30,18 +26,13 @@ impl Sweep {
         self.took.is_some() || Instant::now() >= self.due
     }
 
-    /// A read of it took so long, and may have been the last.
+    /// A read of it took so long, and may have been the last: there is no more, or it cannot be read to its end now.
     pub(super) fn read(&mut self, took: Duration, last: bool) {
         let so_far = self.took.unwrap_or_default() + took;
         self.took = (!last).then_some(so_far);
         if last {
-            self.due = Instant::now() + self.interval.max((so_far * REST).min(REST_MAX));
+            self.due = Instant::now() + self.interval.max(WALK_REST.after(so_far));
         }
-    }
-
-    /// It cannot be read to its end now.
-    pub(super) fn leave(&mut self, took: Duration) {
-        self.read(took, true);
     }
 }
 
@@ -62,10 +53,10 @@ mod tests {
         sweep.read(Duration::from_secs(2), true);
         assert!(!sweep.is_due());
         assert!((59..=60).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.leave(Duration::from_secs(15));
+        sweep.read(Duration::from_secs(15), true);
         assert!((299..=300).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.leave(Duration::from_secs(15_000));
-        assert!(until_due(&sweep) <= REST_MAX);
+        sweep.read(Duration::from_secs(15_000), true);
+        assert!(until_due(&sweep) <= Duration::from_secs(600));
     }
 
     #[test]
