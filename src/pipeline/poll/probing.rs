@@ -1,0 +1,80 @@
+//! Routes that refuse every message: one is tried now and then, and its waiting rows are due when it works again.
+
+use super::Poll;
+use crate::pipeline::routes::Parking;
+use crate::store::{Route, Row, Share, Store, StoreError};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Waiting rows made due with one statement when a route works again.
+const RELEASE_ROWS: usize = 1000;
+
+impl<S: Store> Poll<S> {
+    /// A probe ended without saying anything of its route: another may go.
+    pub(super) fn end_probe(&mut self, route: Option<Arc<Route>>, probe: bool) {
+        if let Some(route) = route.filter(|_| probe) {
+            self.routes.probe_released(&route, Instant::now());
+        }
+    }
+
+    pub(super) fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
+        if self.routes.refused(route, probe, Instant::now()) == Parking::Parked {
+            tracing::warn!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                reason,
+                "route parked: it refuses every message; trying one now and then"
+            );
+        }
+    }
+
+    pub(super) fn route_works(&mut self, route: Arc<Route>) {
+        if self.routes.delivered(&route) {
+            tracing::info!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                "route works again; its waiting rows are due now"
+            );
+            self.releasing.push_back(route);
+        }
+    }
+
+    /// Makes some waiting rows of a route that works again due.
+    pub(super) async fn release_a_bite(&mut self) -> Result<(), StoreError> {
+        let Some(route) = self.releasing.front() else { return Ok(()) };
+        let released = self.pulse.beat_during(self.store.release(route, RELEASE_ROWS)).await?;
+        if released < RELEASE_ROWS as u64 {
+            self.releasing.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Sends one waiting row of a parked route that is due for it.
+    pub(super) async fn probe(&mut self) -> Result<(), StoreError> {
+        let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
+        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let leases = self.leases();
+        let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
+        let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
+        match self.pulse.beat_during(probe).await {
+            // Later rows of its key are still on their way back.
+            Ok(Some(Row { ordering_key: Some(key), .. })) if self.keys.is_held(&key) => {
+                self.routes.probe_released(&route, Instant::now());
+            }
+            Ok(Some(row)) => {
+                let prober = self.prober();
+                self.send(vec![row], prober).await;
+            }
+            Ok(None) if leases.len() == self.holdings.borrow().leases().len() => {
+                self.routes.nothing_waits(&route);
+            }
+            // Its rows may be in shards that are not read at this moment.
+            Ok(None) => self.routes.probe_released(&route, Instant::now()),
+            Err(error) => {
+                self.routes.probe_released(&route, Instant::now());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! One read: what is asked for, what its answer tells, and who gets its rows.
+
+use super::{FIRST_ROW_BYTES, InFlight, Poll, RANGES_MAX};
+use crate::mutants::mutant;
+use crate::pipeline::known::Unknown;
+use crate::pipeline::{Work, hand_over};
+use crate::retry::Delays;
+use crate::store::{Ask, Others, Read, Row, Share, Store, StoreError};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Reads of fewer rows, because rows are large, leave out those of others: they would take the places.
+const TELLING_ROWS: usize = 100;
+/// A read that fails after so long did not fail for a lock (5 s) or for a connection that could not be made (10 s).
+const LONG_READ: Duration = Duration::from_secs(12);
+
+/// What a turn of the loop found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    /// A full answer, or a part of the table was left out: more may be there.
+    More,
+    /// The next row is larger than what is free.
+    TooLarge,
+    /// Some rows.
+    Some,
+    /// None.
+    Nothing,
+}
+
+impl Found {
+    /// By an answer, and whether it was the last of a sweep.
+    fn by(read: &Read, swept: bool) -> Self {
+        match (read.more, read.rows.is_empty()) {
+            (true, false) => Self::More,
+            // It has got on.
+            (true, true) if !read.passed.is_empty() => Self::More,
+            (true, true) => Self::TooLarge,
+            // It has not looked at what is new.
+            (false, true) if swept => Self::More,
+            (false, false) => Self::Some,
+            (false, true) => Self::Nothing,
+        }
+    }
+}
+
+impl<S: Store> Poll<S> {
+    /// Asks for rows, takes in what the answer tells, and deals the rows out.
+    pub(super) async fn read(&mut self) -> Result<Found, StoreError> {
+        let leases = self.leases();
+        if leases.is_empty() {
+            return Ok(Found::Nothing);
+        }
+        if self.shards.note_read(&leases) && !mutant!("trust-what-others-had") {
+            // Others may have written what we believe to be settled.
+            self.forget_what_is_settled();
+        }
+        let sweeping = self.sweep.is_due();
+        let Unknown { ranges, exact } = self.not_known(sweeping);
+        let in_flight = self.in_flight_unless(exact);
+        let (rows, bytes) = self.free_places();
+        let mut others = self.shards.pass_others(&self.holdings.borrow());
+        let tells_others = rows >= TELLING_ROWS.min(self.limits.read_rows);
+        if !tells_others {
+            others.clear();
+        }
+        let ask = Ask {
+            ranges: &ranges,
+            rows,
+            bytes,
+            room_for_any: self.in_flight.is_empty(),
+            in_flight: &in_flight,
+            keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
+            parked: &self.routes.parked(),
+            share: Share { shards: self.holdings.borrow().shards(), leases: &leases },
+            others: Others { shards: &others, after: self.told },
+        };
+        // Once per read, not per settled row: the list has been made here anyway.
+        self.metrics.parked_routes.set(ask.parked.len() as i64);
+        let started = Instant::now();
+        let read = self.pulse.beat_during(self.store.poll(ask)).await;
+        let took = started.elapsed();
+        let mut read = read.inspect_err(|error| self.ask_for_less(error, sweeping, took))?;
+        self.metrics.poll_seconds.observe(took.as_secs_f64());
+        self.delays = Delays::default();
+        let swept = sweeping && !read.more;
+        if sweeping {
+            self.sweep.read(took, swept);
+        }
+        read.rows.retain(|row| !self.is_held(row));
+        let found = Found::by(&read, swept);
+        self.learn(&read, tells_others);
+        self.deal_out(read.rows).await;
+        Ok(found)
+    }
+
+    /// What to ask for.
+    fn not_known(&self, sweeping: bool) -> Unknown {
+        if mutant!("read-after-last-id") {
+            return Unknown { ranges: vec![(self.last_read.saturating_add(1), i64::MAX)], exact: true };
+        }
+        if sweeping {
+            // A sweep reads what has been passed; what lies behind is unknown and read anyway, so that a standing
+            // backlog does not keep the sweep from ending.
+            return Unknown { ranges: vec![(i64::MIN, self.last_read)], exact: false };
+        }
+        self.known.unknown(RANGES_MAX)
+    }
+
+    /// So many rows and bytes are wanted.
+    fn free_places(&self) -> (usize, usize) {
+        let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
+        let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
+        (rows.min((bytes / self.row_bytes).max(1)), bytes)
+    }
+
+    /// Earlier rows of its key are still on their way back.
+    fn is_held(&self, row: &Row) -> bool {
+        row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key))
+    }
+
+    /// What an answer tells beside its rows.
+    fn learn(&mut self, read: &Read, tells_others: bool) {
+        if tells_others {
+            let last = read.rows.last().map(|row| row.id).max(read.passed.last().copied());
+            self.told = self.told.max(last.unwrap_or(i64::MIN));
+        }
+        for id in &read.passed {
+            self.last_read = self.last_read.max(*id);
+            self.known.add(*id);
+        }
+        self.remember_row_size(&read.rows, read.more);
+        if self.sweeping_found_known_ids(&read.rows) {
+            self.forget_what_is_settled();
+        }
+    }
+
+    /// To the workers.
+    async fn deal_out(&mut self, rows: Vec<Row>) {
+        let mut shares: Vec<Vec<Row>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for row in rows {
+            shares[worker_of(&row, self.limits.keep_order, self.prober())].push(row);
+        }
+        for (worker, rows) in shares.into_iter().enumerate() {
+            self.send(rows, worker).await;
+        }
+    }
+
+    /// Ids that were settled are pending again: the sequence was set back, or an operator sends rows again.
+    /// What is known of other ids may be as wrong.
+    fn sweeping_found_known_ids(&self, rows: &[Row]) -> bool {
+        let again = |row: &Row| self.known.contains(row.id) && !self.in_flight.contains_key(&row.id);
+        rows.iter().any(again)
+    }
+
+    fn remember_row_size(&mut self, rows: &[Row], more: bool) {
+        if rows.is_empty() {
+            // Whatever was too much once is gone, or is not ours.
+            if !more && self.row_bytes > FIRST_ROW_BYTES {
+                self.row_bytes = (self.row_bytes / 2).max(FIRST_ROW_BYTES);
+            }
+        } else {
+            let mean = rows.iter().map(Row::bytes).sum::<usize>() / rows.len();
+            // Growing at once and shrinking slowly errs on the side of small answers.
+            self.row_bytes = mean.max((self.row_bytes * 3 + mean) / 4).max(1);
+        }
+    }
+
+    /// A read that failed after a while may have been too much for the time that a statement has: a sweep over what somebody's
+    /// transaction keeps in the index, or rows that are too large for a slow link.
+    fn ask_for_less(&mut self, error: &StoreError, sweeping: bool, took: Duration) {
+        if took < LONG_READ {
+            return;
+        }
+        self.row_bytes = self.row_bytes.saturating_mul(4).min(self.limits.bytes);
+        if sweeping {
+            self.sweep.read(took, true);
+            tracing::warn!(
+                reason = error.sentence,
+                seconds = took.as_secs(),
+                "a sweep could not be read to its end; reading what is new, and sweeping later"
+            );
+        }
+    }
+
+    /// Notes rows and hands them over, but for those that are in flight.
+    pub(super) async fn send(&mut self, mut rows: Vec<Row>, worker: usize) {
+        rows.retain(|row| self.note(row, worker));
+        if !rows.is_empty() {
+            self.show_in_flight();
+            hand_over(&self.workers[worker], Work::Publish(rows)).await;
+        }
+    }
+
+    /// Gives a row its place; false if it has one.
+    fn note(&mut self, row: &Row, worker: usize) -> bool {
+        if self.in_flight.contains_key(&row.id) {
+            return false;
+        }
+        let watched = self.routes.watches(&row.route).then(|| Arc::clone(&row.route));
+        self.last_read = self.last_read.max(row.id);
+        self.known.add(row.id);
+        self.bytes_in_flight += row.bytes();
+        let probe = worker == self.prober();
+        let key = row.ordering_key.clone().filter(|_| self.limits.keep_order);
+        if let Some(key) = &key {
+            self.keys.sent(key);
+        }
+        self.shards.sent(row.lease);
+        let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
+        self.in_flight.insert(row.id, place);
+        true
+    }
+
+    /// The last worker takes probes only, so that a route without answers costs no other row its time. The
+    /// order of keys is safe: a probe was refused before, so the table holds back all that follow it.
+    pub(super) fn prober(&self) -> usize {
+        self.workers.len() - 1
+    }
+}
+
+/// Rows of a key share a worker, which keeps their order.
+pub fn worker_of(row: &Row, keep_order: bool, workers: usize) -> usize {
+    let mut hasher = DefaultHasher::new();
+    match row.ordering_key.as_deref().filter(|_| keep_order) {
+        Some(key) => key.hash(&mut hasher),
+        None => row.id.hash(&mut hasher),
+    }
+    (hasher.finish() % workers as u64) as usize
+}
