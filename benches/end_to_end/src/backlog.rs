@@ -5,12 +5,11 @@ use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
 use anyhow::{Result, ensure};
-use outbox_relay_chaos::proxy::{led_to, target_of};
 use sqlx::{Executor, PgConnection};
 use std::time::{Duration, Instant};
 
-/// Between two looks at the relays. Each costs them a little.
-const LOOK: Duration = Duration::from_millis(20);
+/// Between two looks at the relays, each of which costs them a little: rarely as long as much is left, and often at the end.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
 /// A drain that stands still for so long has failed.
 const STUCK: Duration = Duration::from_secs(60);
 /// What a relay that runs already has delivered before.
@@ -37,11 +36,21 @@ pub struct Done {
     pub servers: ServersCpu,
     /// What Postgres has counted.
     pub counted: Counted,
+    /// Postgres's processor time of a vacuum afterwards, in seconds: it is off while a drain is measured.
+    pub vacuum_cpu: f64,
 }
 
 impl<'a> Backlog<'a> {
-    /// Makes the place.
-    pub async fn prepare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Self> {
+    /// Makes a table with its past and a backlog, drains it, and ends it.
+    pub async fn drained(stand: &'a Stand, name: &str, drain: Drain) -> Result<Done> {
+        let backlog = Self::prepare(stand, name, drain).await?;
+        let done = backlog.drain().await?;
+        drop(backlog.open);
+        backlog.place.leave().await?;
+        Ok(done)
+    }
+
+    async fn prepare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Self> {
         let place = stand.place(name).await?;
         if drain.payload != "jsonb" {
             let using = match drain.payload {
@@ -59,23 +68,8 @@ impl<'a> Backlog<'a> {
         Ok(Self { place, drain, open })
     }
 
-    /// Where it is.
-    pub fn stand(&self) -> &'a Stand {
-        self.place.stand
-    }
-
-    /// Ends the place.
-    pub async fn leave(self) -> Result<()> {
-        drop(self.open);
-        self.place.leave().await
-    }
-
-    /// A backlog is made and drained.
-    pub async fn drained(&self) -> Result<Done> {
+    async fn drain(&self) -> Result<Done> {
         let stand = self.place.stand;
-        if self.drain.past == Past::Fresh {
-            self.place.sql("truncate outbox").await?;
-        }
         stand.fresh_queue(self.drain.queue).await?;
         // Whatever the checkpoint before costs, the drain does not pay for it: rows are marked soon after they were
         // written, on pages that are in the log already.
@@ -104,7 +98,10 @@ impl<'a> Backlog<'a> {
             relay.stop().await?;
         }
         self.nothing_is_left().await?;
-        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted })
+        let before = stand.cpu();
+        self.place.sql("vacuum outbox").await?;
+        let vacuum_cpu = stand.cpu().since(before).database;
+        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted, vacuum_cpu })
     }
 
     /// So many rows, with statistics of them, in one transaction.
@@ -133,14 +130,14 @@ impl<'a> Backlog<'a> {
     async fn start(&self) -> Result<Vec<Relay>> {
         let retention = if self.drain.delete { "0" } else { "7d" };
         let mut settings = vec![("OUTBOX_RETENTION", retention), ("OUTBOX_ORDERING", self.drain.ordering)];
-        let url = self.amqp_url().await?;
+        let url = distance::amqp_url(self.place.stand, self.drain.round_trip).await?;
         settings.push(("AMQP_URL", &url));
         (0..self.drain.replicas).map(|_| self.place.relay(&settings)).collect()
     }
 
     /// Until so many rows are delivered and committed as such.
     async fn wait(&self, relays: &[Relay], rows: usize) -> Result<()> {
-        let (mut last, mut moved) = (0, Instant::now());
+        let (begun, mut last, mut moved) = (Instant::now(), 0, Instant::now());
         loop {
             let mut delivered = 0;
             for relay in relays {
@@ -153,7 +150,9 @@ impl<'a> Backlog<'a> {
                 (last, moved) = (delivered, Instant::now());
             }
             ensure!(moved.elapsed() < STUCK, "nothing was delivered for a minute, after {delivered} rows");
-            tokio::time::sleep(LOOK).await;
+            let left = begun.elapsed().as_secs_f64() * (rows as f64 / (delivered as f64).max(1.0) - 1.0);
+            let (often, rarely) = LOOKS;
+            tokio::time::sleep(Duration::from_secs_f64(left / 4.0).clamp(often, rarely)).await;
         }
     }
 
@@ -165,16 +164,6 @@ impl<'a> Backlog<'a> {
             "{pending} rows pending, {received} messages received"
         );
         Ok(())
-    }
-
-    /// The broker's URL, through a proxy if it is further away.
-    pub async fn amqp_url(&self) -> Result<String> {
-        let url = self.place.stand.amqp_url();
-        if self.drain.round_trip.is_zero() {
-            return Ok(url.to_owned());
-        }
-        let proxy = distance::proxy(target_of(url), self.drain.round_trip / 2).await?;
-        Ok(led_to(proxy, url))
     }
 }
 

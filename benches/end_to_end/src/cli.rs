@@ -10,11 +10,21 @@ use std::path::PathBuf;
 pub struct Options {
     pub measures: Vec<&'static Measure>,
     pub quick: bool,
-    pub rounds: usize,
+    /// `None`: by the size of a measure.
+    pub rounds: Option<usize>,
     pub relay: PathBuf,
     pub services: PathBuf,
     pub dir: PathBuf,
     pub save: Option<PathBuf>,
+}
+
+impl Options {
+    /// How often a measure is taken.
+    pub fn rounds(&self, measure: &Measure) -> usize {
+        // Long measures are about what many rows do; once is enough where nobody says otherwise.
+        let usual = if self.quick || measure.size == Size::Long { 1 } else { 3 };
+        self.rounds.unwrap_or(usual)
+    }
 }
 
 /// The command.
@@ -30,8 +40,9 @@ pub fn command() -> Command {
         .args_override_self(true)
         .about("Measures the relay between real servers of its own, as a ratio to what the broker alone can take")
         .after_help(
-            "Each measure is taken several times, in turns with a raw publisher (persistent, mandatory messages with\n\
-             confirms, no database; the best of three shapes). Claim ratios, not rates: rates are the machine's.\n\n\
+            "Each measure is taken several times, and each drain in turns with a raw publisher (persistent, mandatory\n\
+             messages with confirms, no database; the best of three shapes). Claim ratios, not rates: rates are the\n\
+             machine's.\n\n\
              Exit codes: 0 measured, 1 failed, 2 wrong usage. A goal that is missed is told, and is no failure.",
         )
         .arg(
@@ -48,9 +59,9 @@ pub fn command() -> Command {
                 .long("rounds")
                 .value_name("N")
                 .value_parser(value_parser!(u64).range(1..=100))
-                .help("How often each measure is taken [default: 3, quick: 1]"),
+                .help("How often each measure is taken [default: 3; quick and long ones: 1]"),
         )
-        .arg(path("save", "DIR", "Write the table, the raw data and a plot here too"))
+        .arg(path("save", "DIR", "Write the table, the raw data and a plot here too, after each measure"))
         .arg(flag("list", "Show all measures, and end"))
         .arg(path("relay", "PATH", "The outbox-relay to measure").default_value("target/release/outbox-relay"))
         .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
@@ -88,11 +99,10 @@ pub fn options(matches: &ArgMatches) -> Result<Options, String> {
         None if quick => measure.size == Size::Quick,
         None => all || measure.size != Size::Long,
     };
-    let rounds = matches.get_one::<u64>("rounds").copied().unwrap_or(if quick { 1 } else { 3 });
     Ok(Options {
         measures: MEASURES.iter().filter(wanted).collect(),
         quick,
-        rounds: usize::try_from(rounds).unwrap_or(usize::MAX),
+        rounds: matches.get_one::<u64>("rounds").and_then(|rounds| usize::try_from(*rounds).ok()),
         relay: path("relay")?,
         services: path("services")?,
         dir: path("dir")?,

@@ -20,6 +20,8 @@ const NOTIFY_PER_INSERT: &str = "
 pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> {
     let place = stand.place(name).await?;
     stand.fresh_queue("quorum").await?;
+    // Of those within a procedure too, from the relay's connections on.
+    place.count_nested_statements().await?;
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
     tokio::time::sleep(SETTLED).await;
@@ -52,13 +54,17 @@ impl Meter {
         let seconds = self.begun.elapsed().as_secs_f64();
         let (usage, servers) = (relay.usage()?, place.stand.cpu().since(self.servers));
         let counted = place.counted().await?.since(self.counted);
-        Ok(vec![
+        let mut sample = vec![
             ("CPU", "%", (usage.cpu_seconds - self.cpu_seconds) / seconds * 100.0),
             ("Postgres's CPU", "%", servers.database / seconds * 100.0),
             ("statements", "/s", counted.statements() / seconds),
             ("WAL", "B/s", counted.wal_bytes() / seconds),
             ("peak RSS", "MiB", usage.peak_rss_mib()),
-        ])
+        ];
+        if counted.nested() > 0.0 {
+            sample.push(("statements within those", "/s", counted.nested() / seconds));
+        }
+        Ok(sample)
     }
 }
 
@@ -74,33 +80,74 @@ pub async fn start(stand: &Stand, name: &str) -> Result<Sample> {
     Ok(vec![("start to ready", "ms", took.as_secs_f64() * 1e3)])
 }
 
-/// Commits a second of so many connections that write a row each time: without a relay, beside one that lets the database
-/// watch, beside one that polls, and beside that with what others use to wake theirs.
-pub async fn writers(stand: &Stand, name: &str, connections: usize, lasts: Duration) -> Result<Sample> {
-    let place = stand.place(name).await?;
-    stand.fresh_queue("quorum").await?;
-    let without = commits(&place, connections, lasts).await?;
-    let beside = async |long_poll| {
-        place.sql("truncate outbox").await?;
-        let relay = place.relay(&[("OUTBOX_LONG_POLL", long_poll)])?;
-        relay.until_ready().await?;
-        let commits = commits(&place, connections, lasts).await?;
-        relay.stop().await?;
-        anyhow::Ok(commits)
-    };
-    let (watched, polled) = (beside("true").await?, beside("false").await?);
-    place.sql(NOTIFY_PER_INSERT).await?;
-    let mut listener = place.db().await?;
-    listener.execute("listen outbox_rows").await?;
-    let notified = beside("false").await?;
-    drop(listener);
-    place.leave().await?;
+/// Beside what the writers write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Beside {
+    Nobody,
+    /// A relay that lets the database watch.
+    Watching,
+    /// One that polls.
+    Polling,
+    /// One that polls, and what others use to wake theirs.
+    Notified,
+}
+
+/// Commits a second of so many connections that write a row each time: without a relay, and beside several. Each round
+/// begins with another of them, since a machine is not the same from minute to minute.
+pub async fn writers(
+    stand: &Stand,
+    name: &str,
+    connections: usize,
+    lasts: Duration,
+    round: usize,
+) -> Result<Sample> {
+    let mut order = [Beside::Nobody, Beside::Watching, Beside::Polling, Beside::Notified];
+    let places = order.len();
+    order.rotate_left((round - 1) % places);
+    let mut found = Vec::new();
+    for beside in order {
+        let name = format!("{name}_{beside:?}");
+        found.push((beside, commits_beside(stand, &name, connections, lasts, beside).await?));
+    }
+    let of = |beside| found.iter().find(|(of, _)| *of == beside).map_or(f64::NAN, |(_, commits)| *commits);
+    let without = of(Beside::Nobody);
     Ok(vec![
-        ("commits beside a relay", "of those without", watched / without),
-        ("without long polling", "of those without", polled / without),
-        ("with a NOTIFY per insert", "of those without", notified / without),
+        ("commits beside a relay", "of those without", of(Beside::Watching) / without),
+        ("without long polling", "of those without", of(Beside::Polling) / without),
+        ("with a NOTIFY per insert", "of those without", of(Beside::Notified) / without),
         ("commits without a relay", "/s", without),
     ])
+}
+
+async fn commits_beside(
+    stand: &Stand,
+    name: &str,
+    connections: usize,
+    lasts: Duration,
+    beside: Beside,
+) -> Result<f64> {
+    let place = stand.place(name).await?;
+    stand.fresh_queue("quorum").await?;
+    let mut listener = place.db().await?;
+    if beside == Beside::Notified {
+        place.sql(NOTIFY_PER_INSERT).await?;
+        listener.execute("listen outbox_rows").await?;
+    }
+    let long_poll = if beside == Beside::Watching { "true" } else { "false" };
+    let relay = match beside {
+        Beside::Nobody => None,
+        _ => Some(place.relay(&[("OUTBOX_LONG_POLL", long_poll)])?),
+    };
+    if let Some(relay) = &relay {
+        relay.until_ready().await?;
+    }
+    let commits = commits(&place, connections, lasts).await?;
+    if let Some(relay) = relay {
+        relay.stop().await?;
+    }
+    listener.close().await?;
+    place.leave().await?;
+    Ok(commits)
 }
 
 async fn commits(place: &Place<'_>, connections: usize, lasts: Duration) -> Result<f64> {

@@ -1,6 +1,8 @@
 //! A broker that is further away: a TCP proxy on loopback that lets every byte arrive later, and none slower.
 
+use crate::stand::Stand;
 use anyhow::Result;
+use outbox_relay_chaos::proxy::{led_to, target_of};
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -12,8 +14,19 @@ use tokio::time::{Instant, sleep_until};
 /// Pieces under way in one direction. So many of 64 KiB are more than any link of some milliseconds holds.
 const UNDER_WAY: usize = 4096;
 
-/// Listens, and carries each connection to `target`; every byte takes `one_way` longer.
-pub async fn proxy(target: String, one_way: Duration) -> Result<SocketAddr> {
+/// The broker's URL, through a proxy if it is to be further away.
+pub async fn amqp_url(stand: &Stand, round_trip: Duration) -> Result<String> {
+    let url = stand.amqp_url();
+    if round_trip.is_zero() {
+        return Ok(url.to_owned());
+    }
+    let proxy = proxy(target_of(url), round_trip / 2).await?;
+    Ok(led_to(proxy, url))
+}
+
+/// Listens, and carries each connection to `target`; every byte takes `one_way` longer, and up to two milliseconds, since
+/// timers are no finer: what it is in the end is measured.
+async fn proxy(target: String, one_way: Duration) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
     tokio::spawn(async move {

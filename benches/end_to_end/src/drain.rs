@@ -1,125 +1,167 @@
 //! A backlog is drained, beside the raw publisher, and beside a fresh table if it has a past.
 
 use crate::backlog::{Backlog, Done};
-use crate::measures::{AGAINST_FRESH, Drain, Past};
+use crate::distance;
+use crate::measures::{AGAINST_FRESH, Against, Drain, Past};
 use crate::raw::{self, SHAPES, Shape};
 use crate::run::Sample;
 use crate::stand::{Cores, NAME, Stand};
+use crate::stats::Spread;
 use anyhow::{Context, Result, ensure};
+use lapin::options::BasicQosOptions;
+use lapin::{Connection, ConnectionProperties};
 use std::process::Stdio;
+use std::time::Instant;
 use tokio::process::Command;
 
-/// A raw publisher need not send more than this to show what it can.
-const RAW_MESSAGES: usize = 100_000;
+/// A raw publisher need not send more than this to show whether it is the best.
+const TRIAL_MESSAGES: usize = 100_000;
 
 /// The same measure, round by round.
 pub struct Drained<'a> {
+    stand: &'a Stand,
+    name: &'static str,
     drain: Drain,
-    backlog: Backlog<'a>,
-    /// The same without a past.
-    fresh: Option<Backlog<'a>>,
+    /// The raw publisher it is compared with, once that is known.
+    raw: Option<Shape>,
 }
 
 /// What a raw publisher says of itself.
 #[derive(Debug, Clone, Copy)]
 struct Raw {
+    shape: Shape,
     rate: f64,
     cpu_per_100k: f64,
     broker_cpu_per_100k: f64,
 }
 
 impl<'a> Drained<'a> {
-    /// Makes the tables.
-    pub async fn prepare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Self> {
-        let backlog = Backlog::prepare(stand, name, drain).await?;
-        let fresh = match drain.past {
-            Past::Fresh => None,
-            _ => {
-                let drain = Drain { past: Past::Fresh, ..drain };
-                Some(Backlog::prepare(stand, &format!("{name}_fresh"), drain).await?)
-            }
-        };
-        Ok(Self { drain, backlog, fresh })
-    }
-
-    /// Ends the places.
-    pub async fn leave(self) -> Result<()> {
-        if let Some(fresh) = self.fresh {
-            fresh.leave().await?;
-        }
-        self.backlog.leave().await
+    /// Nothing is made yet: each round makes its own tables.
+    pub fn new(stand: &'a Stand, name: &'static str, drain: Drain) -> Self {
+        Self { stand, name, drain, raw: None }
     }
 
     /// One round: raw and the relay, by turns one of them first.
-    pub async fn round(&self, round: usize) -> Result<Sample> {
+    pub async fn round(&mut self, round: usize) -> Result<Sample> {
         if !self.drain.apart {
             return self.round_by_turns(round).await;
         }
-        let stand = self.backlog.stand();
-        let apart = stand.share_cores(Cores::Apart).await;
+        let apart = self.stand.share_cores(Cores::Apart).await;
         let sample = match apart {
             Ok(()) => self.round_by_turns(round).await,
             Err(error) => Err(error),
         };
-        stand.share_cores(Cores::Shared).await?;
+        self.stand.share_cores(Cores::Shared).await?;
         sample
     }
 
-    async fn round_by_turns(&self, round: usize) -> Result<Sample> {
-        let (raw, (drained, fresh)) = if round % 2 == 1 {
-            let raw = self.raw().await?;
-            (raw, self.relay(round).await?)
-        } else {
-            let drained = self.relay(round).await?;
-            (self.raw().await?, drained)
-        };
-        let Done { rate, cpu, peak_rss_mib, servers, counted } = drained;
-        let per_100k = 1e5 / self.drain.rows as f64;
-        let mut sample = vec![
-            ("ratio", "of raw", rate / raw.rate),
-            ("rate", "rows/s", rate),
-            ("raw rate", "messages/s", raw.rate),
-            ("CPU per 100 000 rows", "s", cpu * per_100k),
-            ("Postgres's CPU per 100 000", "s", servers.database * per_100k),
-            ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
-            ("raw CPU per 100 000", "s", raw.cpu_per_100k),
-            ("RabbitMQ's CPU per 100 000, raw", "s", raw.broker_cpu_per_100k),
-            ("peak RSS", "MiB", peak_rss_mib),
-            ("WAL per row", "B", counted.wal_bytes() / self.drain.rows as f64),
-            ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
-        ];
-        sample.extend(fresh.map(|fresh| (AGAINST_FRESH, "", rate / fresh.rate)));
+    async fn round_by_turns(&mut self, round: usize) -> Result<Sample> {
+        let shape = self.shape().await?;
+        let raw_first = round % 2 == 1;
+        let mut raw = self.raw_if(shape.filter(|_| raw_first)).await?;
+        let (drained, fresh) = self.relay(round).await?;
+        if !raw_first {
+            raw = self.raw_if(shape).await?;
+        }
+        let mut sample = self.figures(&drained, raw.as_ref());
+        sample.extend(fresh.map(|fresh| (AGAINST_FRESH, "", drained.rate / fresh.rate)));
+        if !self.drain.round_trip.is_zero() {
+            sample.push(("round trip to the broker", "ms", self.round_trip_ms().await?));
+        }
         Ok(sample)
     }
 
-    /// The relay, also on the fresh table, by turns one of them first.
+    fn figures(&self, done: &Done, raw: Option<&Raw>) -> Sample {
+        let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum_cpu } = done;
+        let per_100k = 1e5 / self.drain.rows as f64;
+        let mut sample = vec![
+            ("rate", "rows/s", *rate),
+            ("CPU per 100 000 rows", "s", cpu * per_100k),
+            ("Postgres's CPU per 100 000", "s", servers.database * per_100k),
+            ("Postgres's CPU per 100 000, vacuum afterwards", "s", vacuum_cpu * per_100k),
+            ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
+            ("peak RSS", "MiB", *peak_rss_mib),
+            ("WAL per row", "B", counted.wal_bytes() / self.drain.rows as f64),
+            ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
+        ];
+        if let Some(raw) = raw {
+            sample.insert(0, ("ratio", "of raw", rate / raw.rate));
+            sample.extend([
+                ("raw rate", "messages/s", raw.rate),
+                ("raw CPU per 100 000", "s", raw.cpu_per_100k),
+                ("RabbitMQ's CPU per 100 000, raw", "s", raw.broker_cpu_per_100k),
+                ("raw channels", "", raw.shape.channels as f64),
+                ("raw window of each", "messages", raw.shape.window as f64),
+            ]);
+        }
+        sample
+    }
+
+    /// The relay, also on the fresh table, by turns one of them first; the picture of a profile is that of the first.
     async fn relay(&self, round: usize) -> Result<(Done, Option<Done>)> {
-        let Some(fresh) = &self.fresh else { return Ok((self.backlog.drained().await?, None)) };
+        let (name, drain) = (format!("{}_{round}", self.name), self.drain);
+        let drained = async || Backlog::drained(self.stand, &name, drain).await;
+        if drain.past == Past::Fresh {
+            return Ok((drained().await?, None));
+        }
+        let (fresh_name, fresh_drain) = (format!("{name}_fresh"), Drain { past: Past::Fresh, ..drain });
+        let fresh = async || Backlog::drained(self.stand, &fresh_name, fresh_drain).await;
         if round % 2 == 1 {
-            let fresh = fresh.drained().await?;
-            Ok((self.backlog.drained().await?, Some(fresh)))
+            let drained = drained().await?;
+            Ok((drained, Some(fresh().await?)))
         } else {
-            let drained = self.backlog.drained().await?;
-            Ok((drained, Some(fresh.drained().await?)))
+            let fresh = fresh().await?;
+            Ok((drained().await?, Some(fresh)))
         }
     }
 
-    /// The best that raw publishers reach now.
-    async fn raw(&self) -> Result<Raw> {
-        let shapes = self.drain.raw.map_or_else(|| SHAPES.to_vec(), |shape| vec![shape]);
+    /// The raw publisher of all rounds: the best of three is found by a trial, and then measured anew, since the best of
+    /// some figures that waver is not what it can.
+    async fn shape(&mut self) -> Result<Option<Shape>> {
+        if self.raw.is_none() {
+            self.raw = match self.drain.against {
+                Against::Nothing => None,
+                Against::Shape(shape) => Some(shape),
+                Against::Best => Some(self.best_shape().await?),
+            };
+        }
+        Ok(self.raw)
+    }
+
+    async fn best_shape(&self) -> Result<Shape> {
         let mut best: Option<Raw> = None;
-        for shape in shapes {
-            let raw = self.raw_once(shape).await?;
+        for shape in SHAPES {
+            let raw = self.raw(shape, self.drain.rows.min(TRIAL_MESSAGES)).await?;
             best = best.filter(|best| best.rate >= raw.rate).or(Some(raw));
         }
-        best.context("no shapes")
+        best.map(|best| best.shape).context("no shapes")
     }
 
-    async fn raw_once(&self, shape: Shape) -> Result<Raw> {
-        let stand = self.backlog.stand();
+    async fn raw_if(&self, shape: Option<Shape>) -> Result<Option<Raw>> {
+        let Some(shape) = shape else { return Ok(None) };
+        Ok(Some(self.raw(shape, self.drain.rows).await?))
+    }
+
+    /// What a way there and back takes over the proxy: the middle of some.
+    async fn round_trip_ms(&self) -> Result<f64> {
+        const CALLS: usize = 21;
+        let url = distance::amqp_url(self.stand, self.drain.round_trip).await?;
+        let connection = Connection::connect(&url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        let mut took = Vec::new();
+        for _ in 0..CALLS {
+            let begun = Instant::now();
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            took.push(begun.elapsed().as_secs_f64() * 1e3);
+        }
+        connection.close(200, "done".into()).await?;
+        Ok(Spread::of(took).context("no calls")?.median)
+    }
+
+    async fn raw(&self, shape: Shape, messages: usize) -> Result<Raw> {
+        let stand = self.stand;
         stand.fresh_queue(self.drain.queue).await?;
-        let messages = self.drain.rows.min(RAW_MESSAGES);
-        let url = self.backlog.amqp_url().await?;
+        let url = distance::amqp_url(stand, self.drain.round_trip).await?;
         let servers = stand.cpu();
         let output = Command::new(std::env::current_exe()?)
             .args(["raw", "--amqp-url", &url, "--exchange", NAME])
@@ -135,6 +177,7 @@ impl<'a> Drained<'a> {
         let done: raw::Done = serde_json::from_slice(&output.stdout)?;
         let messages = received as f64;
         Ok(Raw {
+            shape,
             rate: messages / done.seconds,
             cpu_per_100k: done.cpu_seconds / messages * 1e5,
             broker_cpu_per_100k: servers.broker / messages * 1e5,

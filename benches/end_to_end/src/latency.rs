@@ -5,6 +5,7 @@
 //! which counts what the stall kept from being written at all (coordinated omission).
 
 use crate::cost::Meter;
+use crate::measures::P99_OF_ALL;
 use crate::run::Sample;
 use crate::stand::{NAME, Place, Stand};
 use anyhow::{Context, Result, ensure};
@@ -29,25 +30,43 @@ struct Times {
     received: Vec<Option<Instant>>,
 }
 
+/// From commit to consumer, of all rounds together.
+pub type AllRounds = Histogram<u64>;
+
 type Shared = Arc<Mutex<Times>>;
 
 fn note(times: &Shared, note: impl FnOnce(&mut Times)) {
     note(&mut times.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
+/// Nothing yet. Microseconds, to three digits.
+pub fn histogram() -> Result<AllRounds> {
+    Ok(Histogram::new(3)?)
+}
+
 /// So many rows a second for so long.
-pub async fn steady(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Result<Sample> {
+pub async fn steady(
+    stand: &Stand,
+    name: &str,
+    rate: u32,
+    lasts: Duration,
+    all: &mut AllRounds,
+) -> Result<Sample> {
     let rows = (f64::from(rate) * lasts.as_secs_f64()) as usize;
     let writers = if rate > 1_000 { 16 } else { 4 };
     let place = stand.place(name).await?;
     let (times, consumer) = consumer(&place, rows).await?;
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
+    let mut connections = Vec::new();
+    for _ in 0..writers {
+        connections.push(place.db().await?);
+    }
     let meter = Meter::start(&place, &relay).await?;
-    let begin = Instant::now() + Duration::from_millis(500);
+    let begin = Instant::now();
     let mut tasks = Vec::new();
-    for writer in 0..writers {
-        let (times, mut db) = (Arc::clone(&times), place.db().await?);
+    for (writer, mut db) in connections.into_iter().enumerate() {
+        let times = Arc::clone(&times);
         tasks.push(tokio::spawn(async move {
             for row in (writer..rows).step_by(writers) {
                 let due = begin + Duration::from_secs_f64(row as f64 / f64::from(rate));
@@ -65,11 +84,17 @@ pub async fn steady(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Re
     let costs = meter.read(&place, &relay).await?;
     relay.stop().await?;
     place.leave().await?;
-    Ok([spans(&times)?, costs].concat())
+    Ok([spans(&times, all)?, costs].concat())
 }
 
 /// One row after a silence, again and again.
-pub async fn lone(stand: &Stand, name: &str, silence: Duration, rows: usize) -> Result<Sample> {
+pub async fn lone(
+    stand: &Stand,
+    name: &str,
+    silence: Duration,
+    rows: usize,
+    all: &mut AllRounds,
+) -> Result<Sample> {
     let place = stand.place(name).await?;
     let (times, consumer) = consumer(&place, rows).await?;
     let relay = place.relay(&[])?;
@@ -83,7 +108,7 @@ pub async fn lone(stand: &Stand, name: &str, silence: Duration, rows: usize) -> 
     tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
     relay.stop().await?;
     place.leave().await?;
-    spans(&times)
+    spans(&times, all)
 }
 
 async fn write(db: &mut PgConnection, times: &Shared, row: usize, due: Instant) -> Result<()> {
@@ -123,11 +148,10 @@ async fn consumer(place: &Place<'_>, rows: usize) -> Result<(Shared, JoinHandle<
     Ok((times, task))
 }
 
-fn spans(times: &Shared) -> Result<Sample> {
+fn spans(times: &Shared, all: &mut AllRounds) -> Result<Sample> {
     let times = times.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let of = |from: &[Option<Instant>]| -> Result<Histogram<u64>> {
-        // Microseconds, to three digits.
-        let mut spans = Histogram::new(3)?;
+        let mut spans = histogram()?;
         for (from, to) in from.iter().zip(&times.received) {
             let (from, to) = from.zip(*to).context("a row has no times")?;
             // The message may be here before the writer has heard of its commit.
@@ -136,15 +160,43 @@ fn spans(times: &Shared) -> Result<Sample> {
         Ok(spans)
     };
     let (committed, due) = (of(&times.committed)?, of(&times.due)?);
-    let ms = |spans: &Histogram<u64>, quantile| spans.value_at_quantile(quantile) as f64 / 1e3;
-    Ok(vec![
-        ("commit to consumer, p50", "ms", ms(&committed, 0.5)),
-        ("commit to consumer, p95", "ms", ms(&committed, 0.95)),
-        ("commit to consumer, p99", "ms", ms(&committed, 0.99)),
-        ("commit to consumer, max", "ms", ms(&committed, 1.0)),
-        ("due to consumer, p50", "ms", ms(&due, 0.5)),
-        ("due to consumer, p95", "ms", ms(&due, 0.95)),
-        ("due to consumer, p99", "ms", ms(&due, 0.99)),
-        ("due to consumer, max", "ms", ms(&due, 1.0)),
-    ])
+    all.add(&committed)?;
+    let of_committed = [
+        ("commit to consumer, p50", 0.5),
+        ("commit to consumer, p95", 0.95),
+        ("commit to consumer, p99", 0.99),
+        ("commit to consumer, max", 1.0),
+    ];
+    let of_due = [
+        ("due to consumer, p50", 0.5),
+        ("due to consumer, p95", 0.95),
+        ("due to consumer, p99", 0.99),
+        ("due to consumer, max", 1.0),
+    ];
+    let of_all = [(P99_OF_ALL, 0.99)];
+    let spans = [(&committed, &of_committed[..]), (&due, &of_due[..]), (&*all, &of_all[..])];
+    let figures = spans.iter().flat_map(|(spans, names)| {
+        names.iter().filter_map(|(name, quantile)| Some((*name, "ms", quantile_ms(spans, *quantile)?)))
+    });
+    Ok(figures.collect())
+}
+
+/// `None` where no row lies above it: then it is the largest, by another name.
+fn quantile_ms(spans: &Histogram<u64>, quantile: f64) -> Option<f64> {
+    let above = spans.len() as f64 * (1.0 - quantile);
+    (quantile >= 1.0 || above >= 1.0).then(|| spans.value_at_quantile(quantile) as f64 / 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_of_too_few_rows_are_left_out() {
+        let mut spans = histogram().unwrap();
+        (1..=50).for_each(|ms| spans.record(ms * 1000).unwrap());
+        assert_eq!(quantile_ms(&spans, 0.5).map(f64::round), Some(25.0));
+        assert_eq!(quantile_ms(&spans, 0.99), None);
+        assert_eq!(quantile_ms(&spans, 1.0).map(f64::round), Some(50.0));
+    }
 }

@@ -6,14 +6,16 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
-use futures_util::stream::FuturesUnordered;
-use futures_util::{FutureExt, StreamExt};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use outbox_relay_chaos::usage::usage;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::task::{Context as Task, Poll, Waker};
 use std::time::Instant;
 
 /// How the raw publisher sends.
@@ -25,7 +27,7 @@ pub struct Shape {
     pub window: usize,
 }
 
-/// Tried one after the other; the best is the ceiling.
+/// Tried one after the other before the first round; the best is the ceiling in all rounds.
 pub const SHAPES: [Shape; 3] = [
     Shape { channels: 1, window: 1000 },
     Shape { channels: 4, window: 250 },
@@ -72,6 +74,11 @@ async fn publish(url: &str, exchange: String, messages: usize, bytes: usize, sha
     Ok(())
 }
 
+/// As far as it gets now.
+fn poll_for_nobody<T>(answer: &mut BoxFuture<'_, T>) -> Poll<T> {
+    answer.poll_unpin(&mut Task::from_waker(Waker::noop()))
+}
+
 async fn send(
     channel: Channel,
     exchange: String,
@@ -98,19 +105,37 @@ async fn send(
             &payload,
             properties.clone(),
         );
-        async { sent.await?.await }
+        async { sent.await?.await }.boxed()
     };
-    let mut open = FuturesUnordered::new();
+    let settle = |answer: lapin::Result<Confirmation>| {
+        ensure!(matches!(answer?, Confirmation::Ack(None)), "a message was refused or returned");
+        Ok(())
+    };
+    let mut open = VecDeque::with_capacity(window);
     let mut left = messages;
     while left > 0 || !open.is_empty() {
-        // All at once, so that frames share writes.
+        // All at once, so that frames share writes; that they have left wakes nobody.
         let free = window.saturating_sub(open.len()).min(left);
         left -= free;
-        open.extend((0..free).map(|_| publish()));
-        let mut answer = open.next().await;
-        while let Some(confirmation) = answer {
-            ensure!(matches!(confirmation?, Confirmation::Ack(None)), "a message was refused or returned");
-            answer = open.next().now_or_never().flatten();
+        for _ in 0..free {
+            let mut answer = publish();
+            match poll_for_nobody(&mut answer) {
+                Poll::Ready(answer) => settle(answer)?,
+                Poll::Pending => open.push_back(answer),
+            }
+        }
+        // In the order of sending, which is that of the answers: a wake-up for many of them.
+        if let Some(oldest) = open.pop_front() {
+            settle(oldest.await)?;
+        }
+        while let Some(mut next) = open.pop_front() {
+            match poll_for_nobody(&mut next) {
+                Poll::Ready(answer) => settle(answer)?,
+                Poll::Pending => {
+                    open.push_front(next);
+                    break;
+                }
+            }
         }
     }
     drop(open);

@@ -1,20 +1,23 @@
 //! The outcome of a run: a table for people, all figures as JSON, and a plot.
 
 use crate::cli::Options;
-use crate::measures::{Goal, Measure};
+use crate::measures::{Goal, Measure, P99_OF_ALL};
 use crate::plot;
 use crate::run::Sample;
 use crate::stand::Stand;
 use crate::stats::Spread;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::usage::memory_bytes;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
+
+const TABLE: &str = "table.md";
+/// Where this was built.
+const SOURCES: &str = env!("CARGO_MANIFEST_DIR");
 
 /// A figure of a measure over all rounds.
 #[derive(Debug, Clone, Serialize)]
@@ -52,12 +55,14 @@ impl Measured {
     pub fn new(measure: &Measure, samples: &[Sample]) -> Self {
         let mut measured =
             Self { name: measure.name, about: measure.about, figures: Vec::new(), goals: measure.goals };
-        for (place, (name, unit, _)) in samples.first().into_iter().flatten().enumerate() {
-            measured.add(
-                name,
-                unit,
-                samples.iter().filter_map(|sample| Some(sample.get(place)?.2)).collect(),
-            );
+        for (name, unit, _) in samples.last().into_iter().flatten() {
+            let of = |sample: &Sample| Some(sample.iter().find(|(of, _, _)| of == name)?.2);
+            let mut rounds: Vec<f64> = samples.iter().filter_map(of).collect();
+            if *name == P99_OF_ALL {
+                // It grows from round to round.
+                rounds = rounds.split_off(rounds.len() - 1);
+            }
+            measured.add(name, unit, rounds);
         }
         measured
     }
@@ -93,6 +98,7 @@ pub struct Report {
     pub postgres: String,
     pub rabbitmq: String,
     pub machine: Machine,
+    pub postgres_settings: &'static [&'static str],
     pub quick: bool,
     pub seconds: f64,
     pub measures: Vec<Measured>,
@@ -109,27 +115,24 @@ pub struct Machine {
 }
 
 impl Report {
-    /// Asks what else belongs to it.
-    pub async fn new(
-        stand: &Stand,
-        options: &Options,
-        measures: Vec<Measured>,
-        took: Duration,
-    ) -> Result<Self> {
-        let (postgres, rabbitmq) = stand.versions().await?;
+    /// Of a run that begins now.
+    pub fn new(stand: &Stand, options: &Options) -> Result<Self> {
+        let (postgres, rabbitmq) = stand.versions();
         let at = OffsetDateTime::now_utc().truncate_to_second().format(&Rfc3339)?;
-        let dirty = if said(&["git", "status", "--porcelain"]).is_empty() { "" } else { ", changed" };
+        let git = |words: &[&str]| said(&[&["git", "-C", SOURCES], words].concat());
+        let dirty = if git(&["status", "--porcelain"]).is_empty() { "" } else { ", changed" };
         Ok(Self {
             at,
-            commit: said(&["git", "rev-parse", "--short", "HEAD"]) + dirty,
+            commit: git(&["rev-parse", "--short", "HEAD"]) + dirty,
             relay: said(&[&options.relay.to_string_lossy(), "--version"]),
             rustc: said(&["rustc", "--version"]),
             postgres,
             rabbitmq,
             machine: Machine::this(),
+            postgres_settings: stand.settings(),
             quick: options.quick,
-            seconds: took.as_secs_f64(),
-            measures,
+            seconds: 0.0,
+            measures: Vec::new(),
         })
     }
 
@@ -201,10 +204,16 @@ fn digits(value: f64) -> String {
     }
 }
 
+/// A folder for a run that is to be kept.
+pub fn prepare(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    ensure!(!dir.join(TABLE).exists(), "{} holds a run already: name another folder", dir.display());
+    std::fs::write(dir.join(TABLE), "").with_context(|| format!("cannot write into {}", dir.display()))
+}
+
 /// `table.md`, `results.json`, `ratios.svg`.
 pub fn save(report: &Report, dir: &Path) -> Result<()> {
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    std::fs::write(dir.join("table.md"), report.table())?;
+    std::fs::write(dir.join(TABLE), report.table())?;
     std::fs::write(dir.join("results.json"), serde_json::to_string_pretty(report)? + "\n")?;
     plot::ratios(report, &dir.join("ratios.svg"))
 }

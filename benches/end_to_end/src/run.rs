@@ -2,7 +2,8 @@
 
 use crate::cli::Options;
 use crate::drain::Drained;
-use crate::measures::{Drain, Keys, Kind, Measure, Past, Size};
+use crate::latency::AllRounds;
+use crate::measures::{Drain, Keys, Kind, Measure, Past};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
 use crate::{cost, latency, report};
@@ -19,13 +20,12 @@ const QUICK_ROWS: usize = 20_000;
 /// Runs and prints.
 pub async fn run(options: Options) -> Result<()> {
     let begun = Instant::now();
-    println!(
-        "{} measures, {} rounds each; starting a Postgres and a RabbitMQ …",
-        options.measures.len(),
-        options.rounds
-    );
+    if let Some(dir) = &options.save {
+        report::prepare(dir)?;
+    }
+    println!("{} measures; starting a Postgres and a RabbitMQ …", options.measures.len());
     let stand = Stand::start(&options.services, &options.relay, &options.dir).await?;
-    let mut all: Vec<Measured> = Vec::new();
+    let mut report = Report::new(&stand, &options)?;
     let mut failure = Ok(());
     for (place, measure) in options.measures.iter().enumerate() {
         let progress =
@@ -34,19 +34,22 @@ pub async fn run(options: Options) -> Result<()> {
             format!("measure {} failed (relay's log: {}/relay.log)", measure.name, options.dir.display())
         });
         match samples {
-            Ok(samples) => all.push(Measured::new(measure, &samples)),
+            Ok(samples) => report.measures.push(Measured::new(measure, &samples)),
             // What was measured before is worth as much as without it.
             Err(error) => {
                 failure = Err(error);
                 break;
             }
         }
+        report.seconds = begun.elapsed().as_secs_f64();
+        // Now, since a run takes long and may be ended before its end.
+        if let Some(dir) = &options.save {
+            report::save(&report, dir)?;
+        }
         progress.done();
     }
-    let report = Report::new(&stand, &options, all, begun.elapsed()).await?;
     print!("\n{}", report.table());
     if let Some(dir) = &options.save {
-        report::save(&report, dir)?;
         println!("\nsaved in {}", dir.display());
     }
     failure
@@ -58,42 +61,42 @@ async fn take(
     options: &Options,
     progress: &Progress,
 ) -> Result<Vec<Sample>> {
-    // Long measures are about what many rows do; once is enough.
-    let rounds = if measure.size == Size::Long { 1 } else { options.rounds };
+    let rounds = options.rounds(measure);
     let mut samples = Vec::new();
-    let drained = match measure.kind {
-        Kind::Drain(drain) => {
-            progress.tell("making the table");
-            Some(Drained::prepare(stand, measure.name, scaled(drain, options.quick)).await?)
-        }
+    let mut drained = match measure.kind {
+        Kind::Drain(drain) => Some(Drained::new(stand, measure.name, scaled(drain, options.quick))),
         _ => None,
     };
+    let mut all = latency::histogram()?;
     for round in 1..=rounds {
         progress.tell(&format!("round {round} of {rounds}"));
-        let name = format!("{}_{round}", measure.name);
-        samples.push(match (measure.kind, &drained) {
-            (_, Some(drained)) => drained.round(round).await?,
-            (kind, None) => take_other(stand, &name, kind, options.quick).await?,
+        samples.push(match &mut drained {
+            Some(drained) => drained.round(round).await?,
+            None => take_other(stand, measure, round, options.quick, &mut all).await?,
         });
-    }
-    if let Some(drained) = drained {
-        drained.leave().await?;
     }
     Ok(samples)
 }
 
-async fn take_other(stand: &Stand, name: &str, kind: Kind, quick: bool) -> Result<Sample> {
+async fn take_other(
+    stand: &Stand,
+    measure: &Measure,
+    round: usize,
+    quick: bool,
+    all: &mut AllRounds,
+) -> Result<Sample> {
+    let name = &format!("{}_{round}", measure.name);
     let seconds = |normal, short| Duration::from_secs(if quick { short } else { normal });
-    match kind {
+    match measure.kind {
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),
-        Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3)).await,
+        Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3), all).await,
         Kind::LoneRow { silence } => {
             let rows = if silence > Duration::from_secs(10) { 10 } else { 100 };
-            latency::lone(stand, name, silence, if quick { 3 } else { rows }).await
+            latency::lone(stand, name, silence, if quick { 3 } else { rows }, all).await
         }
         Kind::Idle => cost::idle(stand, name, seconds(60, 5)).await,
         Kind::Start => cost::start(stand, name).await,
-        Kind::Writers { connections } => cost::writers(stand, name, connections, seconds(10, 2)).await,
+        Kind::Writers { connections } => cost::writers(stand, name, connections, seconds(10, 2), round).await,
     }
 }
 

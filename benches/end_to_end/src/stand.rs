@@ -13,6 +13,7 @@ use outbox_relay_chaos::servers::Servers;
 use outbox_relay_chaos::usage::{children, family_cpu_seconds};
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use tokio::process::Command;
@@ -20,9 +21,11 @@ use tokio::process::Command;
 /// Exchange and queue of every measure.
 pub const NAME: &str = "bench";
 
-/// As for a small server with an ordinary disk. No checkpoint falls into a measure.
+/// As for a small server with an ordinary disk. No checkpoint falls into a measure, and no vacuum, which comes once a minute
+/// and would hit one round and not the other: what it costs is measured by itself.
 const SETTINGS: &[&str] = &[
     "shared_preload_libraries = 'pg_stat_statements'",
+    "autovacuum = off",
     "shared_buffers = '512MB'",
     "max_wal_size = '16GB'",
     "checkpoint_timeout = '1h'",
@@ -59,14 +62,17 @@ pub struct Stand {
     servers: Servers,
     /// Of database and broker.
     pids: [u32; 2],
-    /// Of the machine.
-    cores: usize,
+    /// That this process may use.
+    cores: Vec<usize>,
+    versions: (String, String),
     /// Of the relays; they go with this process, however it ends.
     relays: Registry,
     /// The relay that is measured.
     pub relay: PathBuf,
     /// Where logs go.
     pub dir: PathBuf,
+    /// Nobody else uses the folder.
+    _lock: File,
 }
 
 impl Stand {
@@ -78,6 +84,12 @@ impl Stand {
             relay.display()
         );
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let lock = File::create(dir.join("lock"))?;
+        ensure!(
+            lock.try_lock().is_ok(),
+            "another benchmark runs in {}: wait for its end, or name another folder with --dir",
+            dir.display()
+        );
         let (script, services) = (script.to_owned(), dir.join("services"));
         let servers =
             tokio::task::spawn_blocking(move || Servers::start_durable(&script, &services)).await??;
@@ -91,16 +103,22 @@ impl Stand {
         db.execute("create extension if not exists pg_stat_statements").await?;
         let pids = server_pids(&servers).await?;
         let relays = Registry::new(dir, relay)?;
-        let cores = std::thread::available_parallelism()?.get();
-        Ok(Self { servers, pids, cores, relays, relay: relay.to_owned(), dir: dir.to_owned() })
+        let postgres: String = sqlx::query_scalar("show server_version").fetch_one(&mut db).await?;
+        let versions = (postgres, servers.rabbitmqctl(&["version"]).await?.trim().to_owned());
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let cores = allowed_cores(&status).context("/proc/self/status names no cores")?;
+        let (relay, dir) = (relay.to_owned(), dir.to_owned());
+        Ok(Self { servers, pids, cores, versions, relays, relay, dir, _lock: lock })
     }
 
-    /// Their versions.
-    pub async fn versions(&self) -> Result<(String, String)> {
-        let mut db = self.superuser("postgres").await?;
-        let postgres: String = sqlx::query_scalar("show server_version").fetch_one(&mut db).await?;
-        let rabbitmq = self.servers.rabbitmqctl(&["version"]).await?;
-        Ok((postgres, rabbitmq.trim().to_owned()))
+    /// Of Postgres and RabbitMQ.
+    pub fn versions(&self) -> (String, String) {
+        self.versions.clone()
+    }
+
+    /// What Postgres was told.
+    pub fn settings(&self) -> &'static [&'static str] {
+        SETTINGS
     }
 
     /// A database of its own, with the relay's tables.
@@ -123,17 +141,17 @@ impl Stand {
 
     /// Divides the cores among the broker and all others, or gives them back. What this process starts is one of the others.
     pub async fn share_cores(&self, cores: Cores) -> Result<()> {
-        let count = self.cores;
         let (brokers, others) = match cores {
-            Cores::Shared => (0..count, 0..count),
-            Cores::Apart => (0..count / 2, count / 2..count),
+            Cores::Shared => (&self.cores[..], &self.cores[..]),
+            Cores::Apart => self.cores.split_at(self.cores.len() / 2),
         };
         ensure!(!brokers.is_empty(), "one core cannot be divided");
         let [database, broker] = self.pids;
-        let mut pids = vec![(std::process::id(), &others), (database, &others), (broker, &brokers)];
-        pids.extend(children(database).into_iter().map(|pid| (pid, &others)));
+        let mut pids = vec![(std::process::id(), others), (database, others), (broker, brokers)];
+        pids.extend(children(database).into_iter().map(|pid| (pid, others)));
         for (pid, cores) in pids {
-            confine(pid, &format!("{}-{}", cores.start, cores.end - 1)).await?;
+            let cores: Vec<String> = cores.iter().map(usize::to_string).collect();
+            confine(pid, &cores.join(",")).await?;
         }
         Ok(())
     }
@@ -190,6 +208,17 @@ impl Stand {
     }
 }
 
+/// Cores of a line such as "Cpus_allowed_list: 0-3,8".
+fn allowed_cores(status: &str) -> Option<Vec<usize>> {
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    let mut cores = Vec::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        cores.extend(first.parse::<usize>().ok()?..=last.parse().ok()?);
+    }
+    Some(cores)
+}
+
 /// Binds a process with all its threads to some cores. Asked again when one of the threads has ended meanwhile.
 async fn confine(pid: u32, cores: &str) -> Result<()> {
     const TRIES: usize = 20;
@@ -238,12 +267,17 @@ pub struct Place<'a> {
 pub struct Counted {
     wal_bytes: f64,
     statements: f64,
+    nested: f64,
 }
 
 impl Counted {
     /// From then to now.
     pub fn since(self, then: Self) -> Self {
-        Self { wal_bytes: self.wal_bytes - then.wal_bytes, statements: self.statements - then.statements }
+        Self {
+            wal_bytes: self.wal_bytes - then.wal_bytes,
+            statements: self.statements - then.statements,
+            nested: self.nested - then.nested,
+        }
     }
 
     /// Bytes of write-ahead log.
@@ -251,9 +285,14 @@ impl Counted {
         self.wal_bytes
     }
 
-    /// Statements.
+    /// Statements of clients.
     pub fn statements(self) -> f64 {
         self.statements
+    }
+
+    /// Statements within procedures that they call, where these are counted.
+    pub fn nested(self) -> f64 {
+        self.nested
     }
 }
 
@@ -313,10 +352,18 @@ impl Place<'_> {
     pub async fn counted(&self) -> Result<Counted> {
         let mut db = self.stand.superuser("postgres").await?;
         let sql = "select (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::float8,
-                   coalesce((select sum(calls) from pg_stat_statements as s join pg_database as d on d.oid = s.dbid
-                             where d.datname = $1), 0)::float8";
-        let (wal_bytes, statements) = sqlx::query_as(sql).bind(&self.database).fetch_one(&mut db).await?;
-        Ok(Counted { wal_bytes, statements })
+                          coalesce(sum(calls) filter (where toplevel), 0)::float8,
+                          coalesce(sum(calls) filter (where not toplevel), 0)::float8
+                   from pg_stat_statements as s join pg_database as d on d.oid = s.dbid where d.datname = $1";
+        let (wal_bytes, statements, nested) =
+            sqlx::query_as(sql).bind(&self.database).fetch_one(&mut db).await?;
+        Ok(Counted { wal_bytes, statements, nested })
+    }
+
+    /// Statements within procedures are counted from the next connections on. Costs each of them a little.
+    pub async fn count_nested_statements(&self) -> Result<()> {
+        let database = &self.database;
+        self.administer(&format!("alter database {database} set pg_stat_statements.track = 'all'")).await
     }
 
     /// Ends the database.
@@ -324,5 +371,19 @@ impl Place<'_> {
         let mut db = self.stand.superuser("postgres").await?;
         db.execute(AssertSqlSafe(format!("drop database {} with (force)", self.database))).await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cores_are_those_that_are_allowed() {
+        let of = |list: &str| allowed_cores(&format!("Name:\tx\nCpus_allowed_list:\t{list}\n"));
+        assert_eq!(of("0-2,7"), Some(vec![0, 1, 2, 7]));
+        assert_eq!(of("4"), Some(vec![4]));
+        assert_eq!(of("none"), None);
+        assert_eq!(allowed_cores(""), None);
     }
 }
