@@ -40,6 +40,7 @@ pub mod known;
 pub mod poll;
 pub mod publish;
 pub mod queue;
+pub mod releases;
 pub mod routes;
 pub mod settle;
 pub mod shards;

@@ -16,6 +16,8 @@ const PARK_AFTER: u32 = 3;
 const ROUTES_MAX: usize = 1024;
 /// Longest pause between two probes of a route, so that a new binding is noticed soon.
 const PROBE_MAX: Duration = Duration::from_secs(5);
+/// The part of all places that probes may take: those without an answer keep theirs for long.
+const PROBES_PART: usize = 4;
 /// A probe that took long, because no answer came, is followed by this many times its duration of rest.
 const PROBE_REST: Rest = Rest { times: 10, at_most: Duration::from_secs(300) };
 
@@ -24,6 +26,7 @@ const PROBE_REST: Rest = Rest { times: 10, at_most: Duration::from_secs(300) };
 pub struct Routes {
     refusing: HashMap<Arc<Route>, Refusing>,
     probe: Backoff,
+    probes_max: usize,
 }
 
 #[derive(Debug)]
@@ -43,6 +46,10 @@ impl Refusing {
     fn parked(&self) -> bool {
         self.refusals >= PARK_AFTER
     }
+
+    fn waits_for_probe(&self) -> bool {
+        self.parked() && self.probing_since.is_none()
+    }
 }
 
 /// What a refusal did to its route.
@@ -56,9 +63,10 @@ pub enum Parking {
 
 impl Routes {
     /// Probes begin after `retry_min` and come at least every five seconds, sooner if `retry_max` is shorter.
-    pub fn new(retry_min: Duration, retry_max: Duration) -> Self {
+    pub fn new(retry_min: Duration, retry_max: Duration, places: usize) -> Self {
         let max = retry_max.min(PROBE_MAX);
-        Self { refusing: HashMap::new(), probe: Backoff { min: retry_min.min(max), max } }
+        let probe = Backoff { min: retry_min.min(max), max };
+        Self { refusing: HashMap::new(), probe, probes_max: (places / PROBES_PART).max(1) }
     }
 
     /// A message was refused by its destination; `probe` says that it was sent to try the route.
@@ -112,19 +120,29 @@ impl Routes {
         self.refusing.iter().filter(|(_, state)| state.parked()).map(|(route, _)| Arc::clone(route)).collect()
     }
 
-    /// When the next route is due for a probe, if none is on its way there.
+    /// When the next route is due for a probe, if none is on its way there and not too many are elsewhere.
     pub fn next_probe(&self) -> Option<Instant> {
-        let waits = |state: &&Refusing| state.parked() && state.probing_since.is_none();
-        self.refusing.values().filter(waits).map(|state| state.next_probe).min()
+        if !self.may_probe() {
+            return None;
+        }
+        self.refusing.values().filter(|state| state.waits_for_probe()).map(|state| state.next_probe).min()
     }
 
-    /// Takes a route that is due for a probe and notes that one is on its way.
+    /// Takes the route that has been due for a probe for longest and notes that one is on its way.
     pub fn take_due_probe(&mut self, now: Instant) -> Option<Arc<Route>> {
+        if !self.may_probe() {
+            return None;
+        }
         let due =
-            |state: &Refusing| state.parked() && state.probing_since.is_none() && state.next_probe <= now;
-        let (route, state) = self.refusing.iter_mut().find(|(_, state)| due(state))?;
+            self.refusing.iter_mut().filter(|(_, state)| state.waits_for_probe() && state.next_probe <= now);
+        let (route, state) = due.min_by_key(|(_, state)| state.next_probe)?;
         state.probing_since = Some(now);
         Some(Arc::clone(route))
+    }
+
+    fn may_probe(&self) -> bool {
+        let on_their_way = self.refusing.values().filter(|state| state.probing_since.is_some()).count();
+        on_their_way < self.probes_max
     }
 }
 
@@ -139,7 +157,7 @@ mod tests {
     #[test]
     fn a_route_is_parked_probed_and_released() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.refused(&route, false, now), Parking::Parked);
@@ -163,7 +181,7 @@ mod tests {
     #[test]
     fn probes_come_at_least_every_five_seconds() {
         let (mut routes, route, mut now) =
-            (Routes::new(Duration::from_secs(1), Duration::from_secs(3600)), route(), Instant::now());
+            (Routes::new(Duration::from_secs(1), Duration::from_secs(3600), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
             routes.refused(&route, false, now);
         }
@@ -177,7 +195,7 @@ mod tests {
     #[test]
     fn a_probe_that_took_long_is_followed_by_a_longer_rest_of_bounded_length() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
             routes.refused(&route, false, now);
         }
@@ -193,10 +211,53 @@ mod tests {
         assert!(routes.take_due_probe(answered + PROBE_REST.at_most).is_some());
     }
 
+    /// Whatever order the table of routes has.
+    #[test]
+    fn every_parked_route_is_probed_in_its_turn() {
+        let (mut routes, mut now) =
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
+        let all: Vec<_> = (0..50)
+            .map(|n| Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") }))
+            .collect();
+        for route in &all {
+            for _ in 0..PARK_AFTER {
+                routes.refused(route, false, now);
+            }
+        }
+        now += PROBE_MAX;
+        // Slower than routes become due again.
+        let mut probed = std::collections::HashSet::new();
+        for _ in 0..2 * all.len() {
+            let route = routes.take_due_probe(now).expect("one is due");
+            routes.refused(&route, true, now);
+            probed.insert(route);
+            now += PROBE_MAX / 10;
+        }
+        assert_eq!(probed.len(), all.len());
+    }
+
+    #[test]
+    fn probes_without_an_answer_take_a_part_of_the_places() {
+        let (mut routes, now) =
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 8), Instant::now());
+        for n in 0..5 {
+            let route = Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") });
+            for _ in 0..PARK_AFTER {
+                routes.refused(&route, false, now);
+            }
+        }
+        let later = now + PROBE_MAX;
+        let first = routes.take_due_probe(later).expect("one is due");
+        assert!(routes.take_due_probe(later).is_some() && routes.take_due_probe(later).is_none());
+        assert_eq!(routes.next_probe(), None, "nothing to wake up for");
+        routes.refused(&first, true, later);
+        assert!(routes.take_due_probe(later).is_some());
+    }
+
     #[test]
     fn a_success_in_between_starts_the_count_anew() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60)), route(), Instant::now());
+            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..10 {
             routes.refused(&route, false, now);
             routes.refused(&route, false, now);

@@ -418,6 +418,12 @@ impl LeaseTable for MemoryStore {
             }
         }
         let Standing { quota, leases, .. } = table.standing(member, now);
+        // Leases of more shards than there are now.
+        for owned in table.leases.range_mut(member.shards..).map(|(_, owned)| owned) {
+            if owned.owner.is_some() && owned.expires_at <= now {
+                *owned = Owned { owner: None, epoch: owned.epoch + 1, expires_at: now };
+            }
+        }
         let free = |owned: &&mut Owned| owned.owner.is_none() || owned.expires_at <= now;
         let part = (quota as usize).saturating_sub(leases.len());
         for owned in table.leases.range_mut(..member.shards).map(|(_, owned)| owned).filter(free).take(part) {

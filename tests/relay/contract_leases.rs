@@ -25,6 +25,7 @@ async fn keeps_the_contract(table: &impl LeaseTable) {
     parts_are_fair(table).await;
     who_cannot_reach_the_broker_has_no_part_unless_nobody_can(table).await;
     another_number_of_shards_is_refused_while_others_live(table).await;
+    who_was_away_while_fewer_shards_held_everything_has_nothing_of_old(table).await;
     a_shard_never_has_two_owners(table).await;
 }
 
@@ -133,6 +134,23 @@ async fn another_number_of_shards_is_refused_while_others_live(table: &impl Leas
     table.leave(other).await.expect("leave");
     assert_eq!(renew(table, one, &[]).await.leases.len(), 4, "and back to fewer");
     table.leave(one).await.expect("leave");
+}
+
+/// Keys lie in other shards when there are fewer: rows that were read under an old lease may have been published, and later
+/// ones after them, by somebody who never had a shard of that number.
+async fn who_was_away_while_fewer_shards_held_everything_has_nothing_of_old(table: &impl LeaseTable) {
+    let (frozen, other) = (Member { lease_time: SHORT, ..member(1, 8) }, member(2, 4));
+    let before = renew(table, frozen, &[]).await;
+    eventually("fewer shards have everything", async || renew(table, other, &[]).await.leases.len() == 4)
+        .await;
+    tokio::time::sleep(SHORT).await;
+    renew(table, other, &[]).await;
+    table.leave(other).await.expect("leave");
+    let after = renew(table, frozen, &[]).await;
+    assert_eq!(after.leases.len(), 8);
+    let anew = before.leases.iter().zip(&after.leases).all(|(was, is)| is.epoch > was.epoch);
+    assert!(anew, "{:?} and now {:?}", before.leases, after.leases);
+    table.leave(frozen).await.expect("leave");
 }
 
 /// Five replicas come, go, die and give back at random. Seen from outside, no shard has two owners and no epoch two.

@@ -38,6 +38,33 @@ async fn an_open_transaction_elsewhere_stalls_nothing() {
     world.finish(Allowed::default()).await;
 }
 
+/// Somebody holds the lock of one waiting row when its route works again: that row waits, and nobody else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_waiting_row_that_somebody_has_locked_stalls_nothing() {
+    let world = World::new().await;
+    world
+        .sql("insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)")
+        .await;
+    let relay = world.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
+    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
+    world.until("select count(*) from outbox where attempts > 0", 20).await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    let lock = "select from outbox where id = (select max(id) from outbox) for update";
+    transaction.execute(lock).await.expect("lock");
+    world.bind("lost.#").await;
+    let delivered = "select count(*) from outbox where delivered_at is not null";
+    world.until(delivered, 19).await;
+    world.write(500, 10).await;
+    world.until(delivered, 519).await;
+    transaction.rollback().await.expect("roll back");
+    // Its own time has not come; a later row of its route is what an operator would wait for, or do as he does:
+    world.sql("update outbox set available_at = clock_timestamp() where delivered_at is null").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
 /// The poll reads what it needs: with an old transaction that keeps every dead index entry alive, a read does not
 /// walk over the rows that were delivered before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -98,6 +98,35 @@ async fn a_full_queue_is_waited_for() {
     world.abandon();
 }
 
+/// A full queue takes a message whenever its consumer does. That it takes some does not make all that wait for it due, again
+/// and again: back-offs hold, nobody else's copies pile up, and the log stays readable.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_that_takes_some_and_refuses_some_is_not_flooded() {
+    const ROWS: i64 = 3000;
+    let world = World::new().await;
+    let full = format!("{}_full", world.name);
+    world.declare_full_queue(&full, 5).await;
+    world
+        .sql(&format!(
+            "insert into outbox (exchange, routing_key, payload) select '', '{full}', '1' from generate_series(1, {ROWS}) i"
+        ))
+        .await;
+    let relay = world.process(&[("OUTBOX_RETRY_MIN", "30s"), ("OUTBOX_RETRY_MAX", "60s")]).await;
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < std::time::Duration::from_secs(12) {
+        world.purge_queue(&full).await;
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let attempts = world.number("select coalesce(sum(attempts), 0) from outbox").await;
+    let told = relay.logged().lines().filter(|line| line.contains("works again")).count();
+    assert!(relay.terminate().await.success());
+    eprintln!("{attempts} attempts, {told} times told");
+    // Each row once, and some whenever the route seems to work, which counts once in five seconds.
+    assert!(attempts <= ROWS + 1000, "{attempts} attempts of {ROWS} rows, none of which was due again");
+    assert!(told <= 4, "told {told} times that the route works again");
+    world.abandon();
+}
+
 /// Poison that is the oldest row of a route without a queue does not keep the route's good rows waiting for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn poison_on_a_parked_route_does_not_keep_it_parked() {

@@ -15,6 +15,7 @@ mod watching;
 use super::gaps::{AGE, Gaps, HORIZON_IDS};
 use super::keys::Keys;
 use super::known::Known;
+use super::releases::Releases;
 use super::routes::Routes;
 use super::shards::Shards;
 use super::{Settled, Work, hand_over, worth_a_statement};
@@ -25,7 +26,7 @@ use crate::sink::SinkState;
 use crate::store::{Lease, Route, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use reading::Found;
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sweep::Sweep;
@@ -74,7 +75,7 @@ pub struct Poll<S> {
     sweep: Sweep,
     watching: Watching,
     routes: Routes,
-    releasing: VecDeque<Arc<Route>>,
+    releases: Releases,
     /// Size of rows seen lately; keeps answers near what fits into the free bytes.
     row_bytes: usize,
     delays: Delays,
@@ -107,6 +108,14 @@ struct Limits {
     keep_order: bool,
 }
 
+/// Why a rest is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rested {
+    Enough,
+    /// There are shards that were not read the last time.
+    ShardsCame,
+}
+
 #[derive(Debug)]
 struct InFlight {
     bytes: usize,
@@ -119,6 +128,8 @@ struct InFlight {
     probe: bool,
     /// Set for rows whose success is news: their route has refused lately.
     watched: Option<Arc<Route>>,
+    /// What is settled was forgotten meanwhile, and with it what its mark is worth.
+    forgotten: bool,
 }
 
 impl<S: Store> Poll<S> {
@@ -160,8 +171,8 @@ impl<S: Store> Poll<S> {
             gaps: Gaps::default(),
             sweep: Sweep::new(settings.sweep_interval),
             watching: Watching::new(settings.long_poll),
-            routes: Routes::new(settings.retry_min, settings.retry_max),
-            releasing: VecDeque::new(),
+            routes: Routes::new(settings.retry_min, settings.retry_max, settings.max_in_flight),
+            releases: Releases::default(),
             row_bytes: FIRST_ROW_BYTES,
             delays: Delays::default(),
         }
@@ -227,7 +238,11 @@ impl<S: Store> Poll<S> {
                 Found::Nothing => pause *= 2,
             }
             pause = pause.min(self.longest_pause());
-            self.rest(pause.max(SHORT_READ_REST.after(begun.elapsed()))).await;
+            let until_duty = self.next_duty().saturating_duration_since(Instant::now()).max(PAUSE_MIN);
+            let rest = pause.min(until_duty).max(SHORT_READ_REST.after(begun.elapsed()));
+            if self.rest(rest).await == Rested::ShardsCame {
+                continue;
+            }
             if found == Found::Nothing && self.watching.is_open() {
                 pause = self.watch_on(begun, pause).await;
             }
@@ -317,9 +332,20 @@ impl<S: Store> Poll<S> {
             || (rows >= worth_a_statement(self.limits.rows) && bytes >= self.limits.bytes / 4)
     }
 
+    /// When something besides reading is to be done next.
+    fn next_duty(&self) -> Instant {
+        [self.routes.next_probe(), self.releases.next_due()]
+            .into_iter()
+            .flatten()
+            .fold(self.sweep.due(), Instant::min)
+    }
+
     /// Sleeps until the next read is due, or until shards have come.
-    async fn rest(&mut self, pause: Duration) {
-        self.attend_during(tokio::time::sleep(pause)).await;
+    async fn rest(&mut self, pause: Duration) -> Rested {
+        match self.attend_during(tokio::time::sleep(pause)).await {
+            Some(()) => Rested::Enough,
+            None => Rested::ShardsCame,
+        }
     }
 
     /// Waits for something while settled rows and a stop are taken in; `None`: shards have come, which are to be read.
@@ -331,17 +357,15 @@ impl<S: Store> Poll<S> {
                 // 1. Settled rows first: they free places.
                 settled = self.settled.recv() => {
                     self.settle_or_wait(settled).await;
-                    self.follow_ownership().await;
                 }
                 // 2. Shards have come or are to go.
-                Ok(()) = self.holdings.changed() => {
-                    self.follow_ownership().await;
-                    if self.shards.is_news(&self.leases()) {
-                        return None;
-                    }
-                }
+                Ok(()) = self.holdings.changed() => {}
                 // 3. There it is.
                 it = self.pulse.beat_during(&mut something) => return Some(it),
+            }
+            self.follow_ownership().await;
+            if self.shards.is_news(&self.leases()) {
+                return None;
             }
         }
     }
@@ -363,8 +387,9 @@ impl<S: Store> Poll<S> {
 
     fn forget_what_is_settled(&mut self) {
         self.known = Known::default();
-        for id in self.in_flight.keys() {
+        for (id, in_flight) in &mut self.in_flight {
             self.known.add(*id);
+            in_flight.forgotten = true;
         }
         self.last_read = self.in_flight.keys().copied().max().unwrap_or(i64::MIN);
         self.told = i64::MIN;

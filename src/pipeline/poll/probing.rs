@@ -1,13 +1,12 @@
-//! Routes that refuse every message: one is tried now and then, and its waiting rows are due when it works again.
+//! Routes that refuse every message: one is tried now and then, and its waiting rows are due when it works again. None of
+//! it is worth that reading stops: what meets a lock of somebody's comes again later.
 
-use super::Poll;
+use super::{Poll, unless_lost};
+use crate::pipeline::releases::Bite;
 use crate::pipeline::routes::Parking;
 use crate::store::{Route, Row, Share, Store, StoreError};
 use std::sync::Arc;
 use std::time::Instant;
-
-/// Waiting rows made due with one statement when a route works again.
-const RELEASE_ROWS: usize = 1000;
 
 impl<S: Store> Poll<S> {
     /// A probe ended without saying anything of its route: another may go.
@@ -18,7 +17,10 @@ impl<S: Store> Poll<S> {
     }
 
     pub(super) fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
-        if self.routes.refused(route, probe, Instant::now()) == Parking::Parked {
+        let now = Instant::now();
+        self.releases.postpone(route, now);
+        if self.routes.refused(route, probe, now) == Parking::Parked {
+            self.releases.end(route, now);
             tracing::warn!(
                 exchange = route.exchange,
                 routing_key = route.routing_key,
@@ -30,21 +32,25 @@ impl<S: Store> Poll<S> {
 
     pub(super) fn route_works(&mut self, route: Arc<Route>) {
         if self.routes.delivered(&route) {
-            tracing::info!(
-                exchange = route.exchange,
-                routing_key = route.routing_key,
-                "route works again; its waiting rows are due now"
-            );
-            self.releasing.push_back(route);
+            self.releases.begin(route, Instant::now());
         }
     }
 
     /// Makes some waiting rows of a route that works again due.
     pub(super) async fn release_a_bite(&mut self) -> Result<(), StoreError> {
-        let Some(route) = self.releasing.front() else { return Ok(()) };
-        let released = self.pulse.beat_during(self.store.release(route, RELEASE_ROWS)).await?;
-        if released < RELEASE_ROWS as u64 {
-            self.releasing.pop_front();
+        let Some(Bite { route, rows }) = self.releases.due(Instant::now()) else { return Ok(()) };
+        let released = self.pulse.beat_during(self.store.release(&route, rows)).await;
+        match unless_lost(released)? {
+            None => self.releases.retry(&route, Instant::now()),
+            Some(released) if released == rows as u64 => self.releases.go_on(&route, Instant::now()),
+            Some(_) => {
+                self.releases.end(&route, Instant::now());
+                tracing::info!(
+                    exchange = route.exchange,
+                    routing_key = route.routing_key,
+                    "route works again; its waiting rows are due now"
+                );
+            }
         }
         Ok(())
     }
@@ -56,20 +62,20 @@ impl<S: Store> Poll<S> {
         let leases = self.leases();
         let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
-        match self.pulse.beat_during(probe).await {
+        match unless_lost(self.pulse.beat_during(probe).await) {
             // Later rows of its key are still on their way back.
-            Ok(Some(Row { ordering_key: Some(key), .. })) if self.keys.is_held(&key) => {
+            Ok(Some(Some(Row { ordering_key: Some(key), .. }))) if self.keys.is_held(&key) => {
                 self.routes.probe_released(&route, Instant::now());
             }
-            Ok(Some(row)) => {
+            Ok(Some(Some(row))) => {
                 let prober = self.prober();
                 self.send(vec![row], prober).await;
             }
-            Ok(None) if leases.len() == self.holdings.borrow().leases().len() => {
+            Ok(Some(None)) if leases.len() == self.holdings.borrow().leases().len() => {
                 self.routes.nothing_waits(&route);
             }
-            // Its rows may be in shards that are not read at this moment.
-            Ok(None) => self.routes.probe_released(&route, Instant::now()),
+            // Its rows may be in shards that are not read at this moment, or behind a lock.
+            Ok(Some(None) | None) => self.routes.probe_released(&route, Instant::now()),
             Err(error) => {
                 self.routes.probe_released(&route, Instant::now());
                 return Err(error);

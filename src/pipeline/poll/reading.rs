@@ -84,10 +84,12 @@ impl<S: Store> Poll<S> {
         self.metrics.poll_seconds.observe(took.as_secs_f64());
         self.delays = Delays::default();
         let swept = sweeping && !read.more;
-        if sweeping {
-            self.sweep.read(took, swept);
-        }
+        let answered = read.rows.len();
         read.rows.retain(|row| !self.is_held(row));
+        if sweeping {
+            let whole = read.rows.len() == answered && leases.len() == self.holdings.borrow().leases().len();
+            self.sweep.read(took, swept, whole);
+        }
         let found = Found::by(&read, swept);
         self.learn(&read, tells_others);
         self.deal_out(read.rows).await;
@@ -174,7 +176,7 @@ impl<S: Store> Poll<S> {
         }
         self.row_bytes = self.row_bytes.saturating_mul(4).min(self.limits.bytes);
         if sweeping {
-            self.sweep.read(took, true);
+            self.sweep.read(took, true, true);
             tracing::warn!(
                 reason = error.sentence,
                 seconds = took.as_secs(),
@@ -207,7 +209,8 @@ impl<S: Store> Poll<S> {
             self.keys.sent(key);
         }
         self.shards.sent(row.lease);
-        let place = InFlight { bytes: row.bytes(), lease: row.lease, key, worker, probe, watched };
+        let (bytes, lease) = (row.bytes(), row.lease);
+        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false };
         self.in_flight.insert(row.id, place);
         true
     }

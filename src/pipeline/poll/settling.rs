@@ -30,7 +30,7 @@ impl<S: Store> Poll<S> {
     /// Frees the place of a settled row.
     async fn settle(&mut self, Settled { id, fate }: Settled) {
         let Some(settled) = self.in_flight.remove(&id) else { return };
-        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched } = settled;
+        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched, forgotten } = settled;
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
         if let Some(key) = &key_in_flight {
@@ -38,14 +38,19 @@ impl<S: Store> Poll<S> {
         }
         match fate {
             Fate::Delivered { certain } => {
-                if !certain {
+                // What was marked before a failover may be pending after it, or another row.
+                if !certain || forgotten {
                     self.known.remove(id);
                 }
                 if let Some(route) = watched {
                     self.route_works(route);
                 }
             }
-            Fate::Dead => self.end_probe(watched, probe),
+            Fate::Dead => {
+                // Perhaps it was another row's id meanwhile, and that row is not dead.
+                self.known.remove(id);
+                self.end_probe(watched, probe);
+            }
             Fate::Released => {
                 self.known.remove(id);
                 self.end_probe(watched, probe);

@@ -13,12 +13,17 @@ pub(super) struct Sweep {
     due: Instant,
     /// What its reads took; `None` between sweeps.
     took: Option<Duration>,
+    /// Nothing was left out so far.
+    whole: bool,
 }
+
+/// From a sweep that had to leave out something to the next.
+const PARTIAL_PAUSE: Duration = Duration::from_secs(5);
 
 impl Sweep {
     /// Between sweeps.
     pub(super) fn new(interval: Duration) -> Self {
-        Self { interval, due: Instant::now() + interval, took: None }
+        Self { interval, due: Instant::now() + interval, took: None, whole: true }
     }
 
     /// The next read is one of a sweep.
@@ -26,12 +31,21 @@ impl Sweep {
         self.took.is_some() || Instant::now() >= self.due
     }
 
-    /// A read of it took so long, and may have been the last: there is no more, or it cannot be read to its end now.
-    pub(super) fn read(&mut self, took: Duration, last: bool) {
+    /// When the next read of one is due.
+    pub(super) fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// A read of it took so long, and may have been the last: there is no more, or it cannot be read to its end now. It was not
+    /// `whole` if something could not be read at that moment, which the next one has to look for soon.
+    pub(super) fn read(&mut self, took: Duration, last: bool, whole: bool) {
         let so_far = self.took.unwrap_or_default() + took;
         self.took = (!last).then_some(so_far);
+        self.whole &= whole;
         if last {
-            self.due = Instant::now() + self.interval.max(WALK_REST.after(so_far));
+            let pause = if self.whole { self.interval } else { self.interval.min(PARTIAL_PAUSE) };
+            self.due = Instant::now() + pause.max(WALK_REST.after(so_far));
+            self.whole = true;
         }
     }
 }
@@ -48,21 +62,31 @@ mod tests {
     fn a_sweep_rests_twenty_times_as_long_as_all_its_reads_took() {
         let mut sweep = Sweep::new(Duration::ZERO);
         assert!(sweep.is_due());
-        sweep.read(Duration::from_secs(1), false);
+        sweep.read(Duration::from_secs(1), false, true);
         assert!(sweep.is_due(), "it goes on");
-        sweep.read(Duration::from_secs(2), true);
+        sweep.read(Duration::from_secs(2), true, true);
         assert!(!sweep.is_due());
         assert!((59..=60).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.read(Duration::from_secs(15), true);
+        sweep.read(Duration::from_secs(15), true, true);
         assert!((299..=300).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.read(Duration::from_secs(15_000), true);
+        sweep.read(Duration::from_secs(15_000), true, true);
         assert!(until_due(&sweep) <= Duration::from_secs(600));
     }
 
     #[test]
     fn sweeps_come_no_more_often_than_they_are_wanted() {
         let mut sweep = Sweep::new(Duration::from_secs(3600));
-        sweep.read(Duration::from_millis(1), true);
+        sweep.read(Duration::from_millis(1), true, true);
+        assert!(until_due(&sweep) > Duration::from_secs(3599));
+    }
+
+    #[test]
+    fn a_sweep_that_left_out_something_is_followed_by_another_soon() {
+        let mut sweep = Sweep::new(Duration::from_secs(3600));
+        sweep.read(Duration::from_millis(1), false, false);
+        sweep.read(Duration::from_millis(1), true, true);
+        assert!(until_due(&sweep) <= PARTIAL_PAUSE);
+        sweep.read(Duration::from_millis(1), true, true);
         assert!(until_due(&sweep) > Duration::from_secs(3599));
     }
 }

@@ -124,17 +124,17 @@ impl<S: Store> Poll<S> {
 
     /// Whatever a watch has seen.
     fn must_read(&self, last_read_at: Instant) -> bool {
-        let routes_wait = !self.releasing.is_empty() || self.routes.next_probe().is_some();
-        routes_wait || self.sweep.is_due() || last_read_at.elapsed() >= self.limits.poll_interval
+        self.next_duty() <= Instant::now()
+            || last_read_at.elapsed() >= self.limits.poll_interval
+            || self.shards.is_news(&self.leases())
     }
 
     /// Lets the database wait for rows to read, as long as nothing else is to be done.
     async fn watch(&mut self, last_read_at: Instant) -> Result<Watched, StoreError> {
         let poll_interval = self.limits.poll_interval;
         // What is in flight may have to be followed by a probe, or by rows that are released.
-        let idle = self.in_flight.is_empty() && self.releasing.is_empty();
-        let lasts = if idle { LASTS } else { poll_interval.min(LASTS) };
-        let until_probe = self.routes.next_probe().map(|at| at.saturating_duration_since(Instant::now()));
+        let lasts = if self.in_flight.is_empty() { LASTS } else { poll_interval.min(LASTS) };
+        let until_duty = self.next_duty().saturating_duration_since(Instant::now());
         self.watching.note(self.last_read);
         let Unknown { ranges, exact } = self.known.unknown(RANGES_MAX);
         let in_flight = self.in_flight_unless(exact);
@@ -145,7 +145,7 @@ impl<S: Store> Poll<S> {
             in_flight: &in_flight,
             first_poll: poll_interval.saturating_sub(last_read_at.elapsed()),
             poll_interval,
-            lasts: lasts.min(until_probe.unwrap_or(lasts)),
+            lasts: lasts.min(until_duty),
         };
         let Some(seen) = self.attend_during(store.watch(watch)).await else { return Ok(Watched::Due) };
         let id = seen?.filter(|_| !mutant!("watch-sees-nothing"));

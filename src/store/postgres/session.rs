@@ -198,11 +198,16 @@ impl TableAccess {
         Self { connector, name, migrate, migrated: OnceCell::new() }
     }
 
-    /// A connection to a primary with a table of the right shape.
-    async fn open(&self) -> Result<Session, StoreError> {
+    /// Once, with a limit of its own: an index on a large table takes longer than any call may.
+    async fn migrate(&self) -> Result<(), StoreError> {
         if self.migrate {
             self.migrated.get_or_try_init(|| migrate::run(&self.connector, &self.name)).await?;
         }
+        Ok(())
+    }
+
+    /// A connection to a primary with a table of the right shape.
+    async fn open(&self) -> Result<Session, StoreError> {
         let mut session = self.connector.open().await?;
         let read = async |session: &mut Session| schema::Shape::read(session.connection(), &self.name).await;
         within(CALL_LIMIT, session.run(Unit::Statement, read)).await?.verify(&self.name)?;
@@ -240,6 +245,7 @@ impl Lane {
         unit: Unit,
         work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
+        self.table.migrate().await?;
         let mut session = match tokio::time::timeout(limit.max(OPEN_LIMIT_MIN), self.session()).await {
             Ok(session) => session?,
             Err(_) => return Err(silent(limit)),

@@ -11,4 +11,6 @@ where coalesce(o.delivered_at, o.dead_at) is null and o.attempts > 0
           and w.routing_key = $2 and coalesce(w.exchange, $3) = $1
         -- Only the index of waiting rows gives this order, so it is the one that is walked.
         order by w.ordering_key, w.id
-        limit $4))
+        limit $4
+        -- A row that somebody has locked waits on its own.
+        for update skip locked))

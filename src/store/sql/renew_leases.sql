@@ -30,6 +30,11 @@ update {lease} as lease set owner = null, expires_at = clock_timestamp()
 from unnest({drained_shards}, {drained_epochs}) as drained (shard, epoch)
 where lease.owner = {me} and lease.shard = drained.shard and lease.epoch = drained.epoch;
 
+-- Leases of more shards than there are now. What was read under them is in the shards above, which others may have had.
+update {lease} set owner = null, epoch = epoch + 1
+where shard >= {shards} and owner is not null and expires_at <= clock_timestamp()
+  and exists (select from {replica} where replica = {me});
+
 -- Also one that had expired and that nobody took: its epoch is the same, so nobody had it meanwhile.
 update {lease} set expires_at = clock_timestamp() + {lease_ms} * interval '1 millisecond'
 where owner = {me} and exists (select from {replica} where replica = {me});
