@@ -142,7 +142,7 @@ pub enum Fate {
         /// belong to another message.
         certain: bool,
     },
-    /// Never to be read again, unless an operator sends it again under a later sweep.
+    /// Not to be read again, unless an operator sends it again.
     Dead,
     /// In the table, refused; its key may be read again because the table holds it back.
     Waiting {

@@ -93,3 +93,87 @@ impl<S: Store> Poll<S> {
         self.metrics.in_flight_bytes.set(self.bytes_in_flight as i64);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Settings, Sources};
+    use crate::ownership::Holdings;
+    use crate::pipeline::poll::{Ends, Rested};
+    use crate::sink::SinkState;
+    use crate::store::memory::{MemoryStore, plain_row};
+    use crate::telemetry::{Board, Metrics, Pulses};
+    use std::time::Duration;
+    use tokio::sync::{mpsc, watch};
+    use tokio_util::sync::CancellationToken;
+
+    /// A stage with one worker and its prober, and what it is connected to.
+    struct Stage {
+        poll: Poll<MemoryStore>,
+        holdings: watch::Sender<Holdings>,
+        _workers: Vec<mpsc::Receiver<Work>>,
+        _settled: mpsc::Sender<Vec<Settled>>,
+        _sink: watch::Sender<SinkState>,
+        _drained: mpsc::Receiver<crate::store::Lease>,
+    }
+
+    fn stage() -> Stage {
+        let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
+        let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
+        let (workers, received): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel(10)).unzip();
+        let (settled, settled_in) = mpsc::channel(10);
+        let (sink, sink_in) = watch::channel(SinkState::Ready);
+        let (holdings, holdings_in) = watch::channel(Holdings::none(uuid::Uuid::nil(), 4));
+        let (drained, drained_in) = mpsc::channel(10);
+        let ends = Ends {
+            store: Arc::new(MemoryStore::default()),
+            workers,
+            settled: settled_in,
+            sink: sink_in,
+            holdings: holdings_in,
+            drained,
+        };
+        let metrics = Arc::new(Metrics::default());
+        let board = Arc::new(Board::new(Arc::clone(&metrics)));
+        let pulse = Pulses::default().start("poll");
+        let poll = Poll::new(ends, &settings, CancellationToken::new(), board, pulse, metrics);
+        Stage { poll, holdings, _workers: received, _settled: settled, _sink: sink, _drained: drained_in }
+    }
+
+    const MARKED: Fate = Fate::Delivered { certain: true };
+
+    /// Its mark may have been made on a server that is lost, and told only now.
+    #[tokio::test]
+    async fn a_row_that_was_in_flight_when_all_was_forgotten_is_asked_for_again() {
+        let mut stage = stage();
+        let poll = &mut stage.poll;
+        poll.send(vec![plain_row(1), plain_row(2)], 0).await;
+        poll.settle(Settled { id: 1, fate: MARKED }).await;
+        assert!(poll.known.contains(1) && poll.known.contains(2));
+        poll.forget_what_is_settled();
+        assert!(!poll.known.contains(1) && poll.known.contains(2), "it is in memory still");
+        poll.settle(Settled { id: 2, fate: MARKED }).await;
+        assert!(!poll.known.contains(2));
+        poll.send(vec![plain_row(3)], 0).await;
+        poll.settle(Settled { id: 3, fate: MARKED }).await;
+        assert!(poll.known.contains(3), "what was read afterwards is trusted");
+    }
+
+    /// After a failover its id may be that of a row which nobody has tried.
+    #[tokio::test]
+    async fn the_id_of_a_dead_row_is_asked_for_again() {
+        let mut stage = stage();
+        stage.poll.send(vec![plain_row(1)], 0).await;
+        stage.poll.settle(Settled { id: 1, fate: Fate::Dead }).await;
+        assert!(!stage.poll.known.contains(1));
+    }
+
+    #[tokio::test]
+    async fn shards_that_come_end_a_rest() {
+        let mut stage = stage();
+        assert_eq!(stage.poll.rest(Duration::from_millis(1)).await, Rested::Enough);
+        stage.holdings.send_replace(Holdings::everything(4));
+        assert_eq!(stage.poll.rest(Duration::from_secs(3600)).await, Rested::ShardsCame);
+        assert!(stage.poll.must_read(std::time::Instant::now()), "not only once: until they are read");
+    }
+}

@@ -123,7 +123,7 @@ impl<S: Store> Poll<S> {
     }
 
     /// Whatever a watch has seen.
-    fn must_read(&self, last_read_at: Instant) -> bool {
+    pub(super) fn must_read(&self, last_read_at: Instant) -> bool {
         self.next_duty() <= Instant::now()
             || last_read_at.elapsed() >= self.limits.poll_interval
             || self.shards.is_news(&self.leases())
