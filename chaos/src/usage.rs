@@ -79,6 +79,16 @@ pub fn usage(pid: u32) -> Option<Usage> {
     })
 }
 
+/// Processor time of the whole machine up to now, in seconds: what was busy, and everything.
+pub fn machine_cpu_seconds() -> Option<(f64, f64)> {
+    let stat = read_to_string("/proc/stat").ok()?;
+    let all = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    // user nice system idle iowait irq softirq steal, and guests' time, which is in user's and nice's already.
+    let ticks: Vec<f64> = all.split_whitespace().take(8).filter_map(|ticks| ticks.parse().ok()).collect();
+    let (idle, total) = (ticks.get(3)? + ticks.get(4)?, ticks.iter().sum::<f64>());
+    Some(((total - idle) / TICKS_PER_SECOND, total / TICKS_PER_SECOND))
+}
+
 /// A field of `/proc/meminfo`, such as `MemTotal:`, in bytes.
 pub fn memory_bytes(field: &str) -> Option<u64> {
     bytes(&read_to_string("/proc/meminfo").ok()?, field)
@@ -103,6 +113,12 @@ mod tests {
         assert_eq!(super::usage(u32::MAX), None);
         assert!(memory_bytes("MemTotal:") > memory_bytes("MemAvailable:"));
         assert_eq!(memory_bytes("Nothing:"), None);
+    }
+
+    #[test]
+    fn the_machine_has_been_busy_for_some_of_its_time() {
+        let (busy, total) = machine_cpu_seconds().expect("/proc/stat");
+        assert!(0.0 < busy && busy <= total, "{busy} of {total}");
     }
 
     /// Its entry stays until it is waited for; a bound on its memory must not be met by it.

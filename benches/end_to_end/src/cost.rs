@@ -3,7 +3,8 @@
 use crate::process::Relay;
 use crate::run::Sample;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use outbox_relay_chaos::usage::machine_cpu_seconds;
 use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,7 @@ pub struct Meter {
     cpu_seconds: f64,
     servers: ServersCpu,
     counted: Counted,
+    machine: (f64, f64),
 }
 
 impl Meter {
@@ -46,17 +48,24 @@ impl Meter {
     pub async fn start(place: &Place<'_>, relay: &Relay) -> Result<Self> {
         let (cpu_seconds, servers) = (relay.usage()?.cpu_seconds, place.stand.cpu());
         let counted = place.counted().await?;
-        Ok(Self { begun: Instant::now(), cpu_seconds, servers, counted })
+        let machine = machine_cpu_seconds().context("no /proc/stat")?;
+        Ok(Self { begun: Instant::now(), cpu_seconds, servers, counted, machine })
     }
 
     /// Until now.
     pub async fn read(self, place: &Place<'_>, relay: &Relay) -> Result<Sample> {
         let seconds = self.begun.elapsed().as_secs_f64();
+        let (busy, total) = machine_cpu_seconds().context("no /proc/stat")?;
         let (usage, servers) = (relay.usage()?, place.stand.cpu().since(self.servers));
         let counted = place.counted().await?.since(self.counted);
         let mut sample = vec![
             ("CPU", "%", (usage.cpu_seconds - self.cpu_seconds) / seconds * 100.0),
             ("Postgres's CPU", "%", servers.database / seconds * 100.0),
+            (
+                "the machine's CPU",
+                "% of all cores",
+                (busy - self.machine.0) / (total - self.machine.1) * 100.0,
+            ),
             ("statements", "/s", counted.statements() / seconds),
             ("WAL", "B/s", counted.wal_bytes() / seconds),
             ("peak RSS", "MiB", usage.peak_rss_mib()),
