@@ -143,7 +143,10 @@ pub enum Fate {
         certain: bool,
     },
     /// Not to be read again, unless an operator sends it again.
-    Dead,
+    Dead {
+        /// As for delivered rows.
+        certain: bool,
+    },
     /// In the table, refused; its key may be read again because the table holds it back.
     Waiting {
         /// The key to resume.

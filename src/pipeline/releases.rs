@@ -5,6 +5,7 @@
 //! until its route has not refused for a while, ends when the route is parked again, and the next one of the same route comes
 //! a while later. Owned by `poll`.
 
+use crate::retry::WALK_REST;
 use crate::store::Route;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,16 +70,22 @@ impl Releases {
 
     /// A route refuses; perhaps a message that was sent before it worked again.
     pub fn postpone(&mut self, route: &Route, now: Instant) {
-        if let Some(release) = self.routes.get_mut(route) {
-            *release = Release::new(release.wanted, now + PAUSE);
+        if let Some(release) = self.wanted(route) {
+            *release = Release::new(true, now + PAUSE);
         }
     }
 
-    /// A route refuses every message. It will be told when one goes through.
-    pub fn end(&mut self, route: &Route, now: Instant) {
-        if let Some(release) = self.routes.get_mut(route) {
-            *release = Release::new(false, now + PAUSE);
+    /// Nothing waits for it any more, after a statement that took so long; or it refuses every message, and will be told when
+    /// one goes through.
+    pub fn end(&mut self, route: &Route, took: Duration, now: Instant) {
+        if let Some(release) = self.wanted(route) {
+            *release = Release::new(false, now + PAUSE.max(WALK_REST.after(took)));
         }
+    }
+
+    /// It worked a moment ago, or seemed to.
+    pub fn is_recent(&self, route: &Route, now: Instant) -> bool {
+        self.routes.get(route).is_some_and(|release| release.due > now)
     }
 
     /// There were as many as that: more may wait.
@@ -90,11 +97,15 @@ impl Releases {
         }
     }
 
-    /// It could not be done now.
-    pub fn retry(&mut self, route: &Route, now: Instant) {
-        if let Some(release) = self.routes.get_mut(route) {
-            release.due = now + RETRY;
+    /// It could not be done now, and that took so long.
+    pub fn retry(&mut self, route: &Route, took: Duration, now: Instant) {
+        if let Some(release) = self.wanted(route) {
+            release.due = now + RETRY.max(WALK_REST.after(took));
         }
+    }
+
+    fn wanted(&mut self, route: &Route) -> Option<&mut Release> {
+        self.routes.get_mut(route).filter(|release| release.wanted)
     }
 
     /// When the next one is due.
@@ -150,9 +161,9 @@ mod tests {
         assert_eq!(due(&releases, later), Some(Arc::clone(&a)));
         releases.go_on(&a, later);
         assert_eq!(due(&releases, now + RETRY), Some(Arc::clone(&b)), "each has its turn");
-        releases.retry(&b, now + RETRY);
+        releases.retry(&b, Duration::ZERO, now + RETRY);
         assert_eq!(due(&releases, now + RETRY), Some(Arc::clone(&a)));
-        releases.end(&a, now + RETRY);
+        releases.end(&a, Duration::ZERO, now + RETRY);
         assert_eq!(due(&releases, now + RETRY), None);
         assert_eq!(releases.next_due(), Some(now + RETRY + RETRY));
     }
@@ -173,7 +184,7 @@ mod tests {
     fn the_next_release_of_a_route_comes_a_while_after_the_last_one() {
         let (mut releases, route, now) = (Releases::default(), route("a"), Instant::now());
         releases.begin(Arc::clone(&route), now);
-        releases.end(&route, now);
+        releases.end(&route, Duration::ZERO, now);
         assert_eq!(releases.next_due(), None);
         releases.begin(Arc::clone(&route), now);
         assert_eq!((due(&releases, now), releases.next_due()), (None, Some(now + PAUSE)));
@@ -188,8 +199,34 @@ mod tests {
         releases.begin(route("one more"), now);
         assert_eq!(releases.routes.len(), ROUTES_MAX);
         assert!(!releases.routes.contains_key(&route("one more")), "all are wanted");
-        (0..10).for_each(|number| releases.end(&route(&number.to_string()), now));
+        (0..10).for_each(|number| releases.end(&route(&number.to_string()), Duration::ZERO, now));
         releases.begin(route("one more"), now + PAUSE);
         assert_eq!(releases.routes.len(), ROUTES_MAX - 9);
+    }
+
+    #[test]
+    fn what_takes_long_is_followed_by_a_longer_rest() {
+        let (mut releases, route, now) = (Releases::default(), route("a"), Instant::now());
+        releases.begin(Arc::clone(&route), now);
+        releases.retry(&route, Duration::from_secs(15), now);
+        assert_eq!(releases.next_due(), Some(now + Duration::from_secs(300)));
+        releases.end(&route, Duration::from_secs(1), now);
+        releases.begin(Arc::clone(&route), now);
+        assert_eq!(releases.next_due(), Some(now + Duration::from_secs(20)));
+    }
+
+    #[test]
+    fn a_release_of_long_ago_puts_nothing_off() {
+        let (mut releases, route, now) = (Releases::default(), route("a"), Instant::now());
+        releases.begin(Arc::clone(&route), now);
+        assert!(!releases.is_recent(&route, now));
+        releases.end(&route, Duration::ZERO, now);
+        assert!(releases.is_recent(&route, now));
+        let later = now + 2 * PAUSE;
+        releases.postpone(&route, later);
+        releases.end(&route, Duration::ZERO, later);
+        assert!(!releases.is_recent(&route, later));
+        releases.begin(Arc::clone(&route), later);
+        assert_eq!(due(&releases, later), Some(route));
     }
 }

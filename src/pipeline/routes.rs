@@ -105,8 +105,9 @@ impl Routes {
     /// A probe came back unsent; another may go.
     pub fn probe_released(&mut self, route: &Route, now: Instant) {
         if let Some(state) = self.refusing.get_mut(route) {
-            state.probing_since = None;
-            state.next_probe = now + self.probe.min;
+            // One that could not be read in time has walked over much.
+            let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
+            state.next_probe = now + self.probe.min.max(PROBE_REST.after(took));
         }
     }
 

@@ -94,7 +94,7 @@ impl<S: Store> Settle<S> {
                     Ok(marked) => marked,
                     Err(error) => return self.give_up(outcomes.into_iter().chain(bites.flatten()), error),
                 };
-                let certain = marked == settlement.delivered.len() as u64;
+                let certain = marked == (settlement.delivered.len() + settlement.dead.len()) as u64;
                 self.report(outcomes, certain).await;
             }
         }
@@ -190,7 +190,7 @@ impl<S: Store> Settle<S> {
             }
             End::Dead { .. } => {
                 self.metrics.dead.inc();
-                Fate::Dead
+                Fate::Dead { certain }
             }
             End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
             End::Released => Fate::Released,

@@ -158,10 +158,14 @@ impl Table {
         self.leases.get(&lease.shard).is_some_and(|owned| owned.epoch == lease.epoch)
     }
 
-    fn change_under(&mut self, lease: Lease, id: i64, message_id: Uuid, change: impl FnOnce(&mut Stored)) {
-        if self.in_force(lease) {
-            self.change(id, message_id, change);
-        }
+    fn change_under(
+        &mut self,
+        lease: Lease,
+        id: i64,
+        message_id: Uuid,
+        change: impl FnOnce(&mut Stored),
+    ) -> bool {
+        self.in_force(lease) && self.change(id, message_id, change)
     }
 
     fn standing(&self, me: Member, now: Instant) -> Standing {
@@ -342,11 +346,11 @@ impl Store for MemoryStore {
             });
         }
         for dead in &settlement.dead {
-            table.change_under(dead.lease, dead.id, dead.message_id, |stored| {
+            marked += u64::from(table.change_under(dead.lease, dead.id, dead.message_id, |stored| {
                 stored.row.attempts = dead.attempts;
                 stored.dead = true;
                 stored.last_error = Some(dead.reason.clone());
-            });
+            }));
         }
         Ok(marked)
     }

@@ -336,7 +336,7 @@ pub trait Store: Send + Sync + 'static {
         age: Duration,
     ) -> impl Future<Output = Result<Option<i64>, StoreError>> + Send;
 
-    /// Writes outcomes; answers with how many of the delivered rows it has marked. Fewer than there are: some were
+    /// Writes outcomes; answers with how many of the delivered and dead rows it has marked. Fewer than there are: some were
     /// marked before, or their ids belong to other messages now.
     fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<u64, StoreError>> + Send;
 

@@ -383,17 +383,18 @@ async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
 /// After a failover that lost transactions, an id may belong to another message.
 async fn outcomes_are_those_of_a_message_not_of_an_id(subject: &impl Subject) {
     let store = subject.store();
-    for id in 401..=404 {
+    for id in 401..=405 {
         subject.insert(id, None, "r", 10).await;
     }
     let other = message_id(999);
     let mut settlement = waiting(402, Duration::from_secs(60));
     settlement.waiting[0].message_id = other;
-    settlement.dead =
-        vec![Dead { id: 403, message_id: other, lease: LEASE, attempts: 1, reason: "other".to_owned() }];
+    let dead =
+        |id, message_id| Dead { id, message_id, lease: LEASE, attempts: 1, reason: "other".to_owned() };
+    settlement.dead = vec![dead(403, other), dead(405, message_id(405))];
     settlement.delivered = sent([404]);
     settlement.delivered.push(Delivered { id: 401, message_id: other });
-    assert_eq!(store.settle(&settlement).await.expect("settle"), 1, "one of two was marked");
+    assert_eq!(store.settle(&settlement).await.expect("settle"), 2, "one of two each was marked");
     let mut left = ids(store, ask(100)).await;
     left.retain(|id| *id > 400);
     assert_eq!(left, [401, 402, 403]);

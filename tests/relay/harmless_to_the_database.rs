@@ -149,7 +149,8 @@ async fn rows_of_another_replica_are_passed_once() {
     // Asked of the relay: counting in the table would itself walk over it all.
     let delivered = "messages_total{result=\"delivered\"}";
     eventually("its own are delivered", async || relay.metric(delivered).await == own).await;
-    let (reads, begun) = (async || relay.metric("poll_duration_seconds_count").await, std::time::Instant::now());
+    let (reads, begun) =
+        (async || relay.metric("poll_duration_seconds_count").await, std::time::Instant::now());
     world.until_at_least(ENTRIES_READ, BACKLOG).await;
     let (entries, so_many) = (world.number(ENTRIES_READ).await, reads().await + 200.0);
     eventually("two hundred reads more", async || reads().await >= so_many).await;

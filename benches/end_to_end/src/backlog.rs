@@ -5,7 +5,7 @@ use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
 use anyhow::{Result, ensure};
-use sqlx::{Executor, PgConnection};
+use sqlx::{Connection, Executor, PgConnection};
 use std::time::{Duration, Instant};
 
 /// Between two looks at the relays, each of which costs them a little: rarely as long as much is left, and often at the end.
@@ -98,9 +98,11 @@ impl<'a> Backlog<'a> {
             relay.stop().await?;
         }
         self.nothing_is_left().await?;
-        let before = stand.cpu();
-        self.place.sql("vacuum outbox").await?;
+        let (mut db, before) = (self.place.db().await?, stand.cpu());
+        db.execute("vacuum outbox").await?;
+        // Before its backend ends, whose time would be nowhere for a moment.
         let vacuum_cpu = stand.cpu().since(before).database;
+        db.close().await?;
         Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted, vacuum_cpu })
     }
 

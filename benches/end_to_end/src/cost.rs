@@ -23,12 +23,16 @@ pub async fn idle(stand: &Stand, name: &str, lasts: Duration) -> Result<Sample> 
     stand.fresh_queue("quorum").await?;
     // Of those within a procedure too, from the relay's connections on.
     place.count_nested_statements().await?;
+    let (before, begun) = (stand.cpu(), Instant::now());
+    tokio::time::sleep(lasts / 4).await;
+    let alone = stand.cpu().since(before).database / begun.elapsed().as_secs_f64();
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
     tokio::time::sleep(SETTLED).await;
     let meter = Meter::start(&place, &relay).await?;
     tokio::time::sleep(lasts).await;
-    let costs = meter.read(&place, &relay).await?;
+    let mut costs = meter.read(&place, &relay).await?;
+    costs.push(("Postgres's CPU without a relay", "%", alone * 100.0));
     relay.stop().await?;
     place.leave().await?;
     Ok(costs)

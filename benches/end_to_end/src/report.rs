@@ -207,8 +207,11 @@ fn digits(value: f64) -> String {
 /// A folder for a run that is to be kept.
 pub fn prepare(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    ensure!(!dir.join(TABLE).exists(), "{} holds a run already: name another folder", dir.display());
-    std::fs::write(dir.join(TABLE), "").with_context(|| format!("cannot write into {}", dir.display()))
+    let table = dir.join(TABLE);
+    // An empty one is of a run that has measured nothing.
+    let held = std::fs::metadata(&table).map_or(0, |table| table.len());
+    ensure!(held == 0, "{} holds a run already: name another folder", dir.display());
+    std::fs::write(table, "").with_context(|| format!("cannot write into {}", dir.display()))
 }
 
 /// `table.md`, `results.json`, `ratios.svg`.

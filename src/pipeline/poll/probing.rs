@@ -6,7 +6,7 @@ use crate::pipeline::releases::Bite;
 use crate::pipeline::routes::Parking;
 use crate::store::{Route, Row, Share, Store, StoreError};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl<S: Store> Poll<S> {
     /// A probe ended without saying anything of its route: another may go.
@@ -18,15 +18,19 @@ impl<S: Store> Poll<S> {
 
     pub(super) fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
         let now = Instant::now();
+        // One that takes some and refuses some is told of once, not each time.
+        let is_news = !self.releases.is_recent(route, now);
         self.releases.postpone(route, now);
         if self.routes.refused(route, probe, now) == Parking::Parked {
-            self.releases.end(route, now);
-            tracing::warn!(
-                exchange = route.exchange,
-                routing_key = route.routing_key,
-                reason,
-                "route parked: it refuses every message; trying one now and then"
-            );
+            self.releases.end(route, Duration::ZERO, now);
+            if is_news {
+                tracing::warn!(
+                    exchange = route.exchange,
+                    routing_key = route.routing_key,
+                    reason,
+                    "route parked: it refuses every message; trying one now and then"
+                );
+            }
         }
     }
 
@@ -39,12 +43,14 @@ impl<S: Store> Poll<S> {
     /// Makes some waiting rows of a route that works again due.
     pub(super) async fn release_a_bite(&mut self) -> Result<(), StoreError> {
         let Some(Bite { route, rows }) = self.releases.due(Instant::now()) else { return Ok(()) };
+        let begun = Instant::now();
         let released = self.pulse.beat_during(self.store.release(&route, rows)).await;
+        let (took, now) = (begun.elapsed(), Instant::now());
         match unless_lost(released)? {
-            None => self.releases.retry(&route, Instant::now()),
-            Some(released) if released == rows as u64 => self.releases.go_on(&route, Instant::now()),
+            None => self.releases.retry(&route, took, now),
+            Some(released) if released == rows as u64 => self.releases.go_on(&route, now),
             Some(_) => {
-                self.releases.end(&route, Instant::now());
+                self.releases.end(&route, took, now);
                 tracing::info!(
                     exchange = route.exchange,
                     routing_key = route.routing_key,

@@ -46,9 +46,10 @@ impl<S: Store> Poll<S> {
                     self.route_works(route);
                 }
             }
-            Fate::Dead => {
-                // Perhaps it was another row's id meanwhile, and that row is not dead.
-                self.known.remove(id);
+            Fate::Dead { certain } => {
+                if !certain || forgotten {
+                    self.known.remove(id);
+                }
                 self.end_probe(watched, probe);
             }
             Fate::Released => {
@@ -161,11 +162,12 @@ mod tests {
 
     /// After a failover its id may be that of a row which nobody has tried.
     #[tokio::test]
-    async fn the_id_of_a_dead_row_is_asked_for_again() {
+    async fn the_id_of_a_row_that_is_perhaps_not_dead_is_asked_for_again() {
         let mut stage = stage();
-        stage.poll.send(vec![plain_row(1)], 0).await;
-        stage.poll.settle(Settled { id: 1, fate: Fate::Dead }).await;
-        assert!(!stage.poll.known.contains(1));
+        stage.poll.send(vec![plain_row(1), plain_row(2)], 0).await;
+        stage.poll.settle(Settled { id: 1, fate: Fate::Dead { certain: false } }).await;
+        stage.poll.settle(Settled { id: 2, fate: Fate::Dead { certain: true } }).await;
+        assert!(!stage.poll.known.contains(1) && stage.poll.known.contains(2));
     }
 
     #[tokio::test]

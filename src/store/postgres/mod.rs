@@ -95,7 +95,7 @@ impl PostgresStore {
             self.mark_waiting(session, settlement).await?;
         }
         if !settlement.dead.is_empty() {
-            self.mark_dead(session, settlement).await?;
+            marked += self.mark_dead(session, settlement).await?;
         }
         Ok(marked)
     }
@@ -155,7 +155,7 @@ impl PostgresStore {
         query.execute(session.connection()).await.map(drop)
     }
 
-    async fn mark_dead(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
+    async fn mark_dead(&self, session: &mut Session, settlement: &Settlement) -> Result<u64, sqlx::Error> {
         let rows = &settlement.dead;
         let query = session
             .query(&self.statements.mark_dead)
@@ -165,7 +165,7 @@ impl PostgresStore {
             .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.message_id).collect::<Vec<_>>());
-        query.execute(session.connection()).await.map(drop)
+        Ok(query.execute(session.connection()).await?.rows_affected())
     }
 
     async fn run_probe(
