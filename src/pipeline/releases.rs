@@ -5,6 +5,7 @@
 //! until its route has not refused for a while, ends when the route is parked again, and the next one of the same route comes
 //! a while later. Owned by `poll`.
 
+use super::routes::ROUTES_MAX;
 use crate::retry::WALK_REST;
 use crate::store::Route;
 use std::collections::HashMap;
@@ -19,8 +20,6 @@ const RETRY: Duration = Duration::from_secs(1);
 const BITES: (usize, usize) = (16, 1024);
 /// From one bite to the next as long as they grow: by then the broker has said what it thinks of the last one.
 const BITE_PAUSE: Duration = Duration::from_millis(50);
-/// Routes at most. Beyond, rows of further routes wait on their own, each with its back-off.
-const ROUTES_MAX: usize = 1024;
 
 /// Routes that work again, and those that did a moment ago.
 #[derive(Debug, Default)]
@@ -90,7 +89,7 @@ impl Releases {
 
     /// There were as many as that: more may wait.
     pub fn go_on(&mut self, route: &Route, now: Instant) {
-        if let Some(release) = self.routes.get_mut(route) {
+        if let Some(release) = self.wanted(route) {
             let grows = release.bite < BITES.1;
             release.due = if grows { now + BITE_PAUSE } else { now };
             release.bite = (release.bite * 2).min(BITES.1);

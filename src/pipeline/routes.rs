@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Refusals in a row that park a route.
 const PARK_AFTER: u32 = 3;
 /// Routes remembered at most. Beyond, rows of further routes wait on their own, each with its back-off.
-const ROUTES_MAX: usize = 1024;
+pub(super) const ROUTES_MAX: usize = 1024;
 /// Longest pause between two probes of a route, so that a new binding is noticed soon.
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// The part of all places that probes may take: those without an answer keep theirs for long.
@@ -32,6 +32,8 @@ pub struct Routes {
 #[derive(Debug)]
 struct Refusing {
     refusals: u32,
+    /// The log has it.
+    told: bool,
     probes: u32,
     next_probe: Instant,
     /// A probe is on its way.
@@ -40,7 +42,7 @@ struct Refusing {
 
 impl Refusing {
     fn new(now: Instant) -> Self {
-        Self { refusals: 0, probes: 0, next_probe: now, probing_since: None }
+        Self { refusals: 0, told: false, probes: 0, next_probe: now, probing_since: None }
     }
 
     fn parked(&self) -> bool {
@@ -89,6 +91,12 @@ impl Routes {
         }
         state.next_probe = now + backoff.delay(0);
         Parking::Parked
+    }
+
+    /// The route is parked and the log has it not yet; from now on it has.
+    pub fn is_to_be_told(&mut self, route: &Route) -> bool {
+        let parked = self.refusing.get_mut(route).filter(|state| state.parked());
+        parked.is_some_and(|state| !std::mem::replace(&mut state.told, true))
     }
 
     /// A message went through. True if its route had refused before and its waiting rows are to be
@@ -161,9 +169,14 @@ mod tests {
             (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
+        assert!(!routes.is_to_be_told(&route), "not parked yet");
         assert_eq!(routes.refused(&route, false, now), Parking::Parked);
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.parked(), [Arc::clone(&route)]);
+        assert!(
+            routes.is_to_be_told(&route) && !routes.is_to_be_told(&route),
+            "once, and when somebody tells it"
+        );
         assert_eq!(routes.take_due_probe(now), None, "the first probe waits");
         assert!(routes.next_probe().is_some_and(|at| at > now));
         let later = now + PROBE_MAX;

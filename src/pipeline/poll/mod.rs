@@ -410,7 +410,7 @@ impl<S: Store> Poll<S> {
         }
         let Some((first, last)) = self.gaps.ripe() else { return Ok(()) };
         let ranges = self.known.unknown(RANGES_MAX).since(first).ranges;
-        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let in_flight = self.in_flight_unless(false);
         let started = Instant::now();
         let horizon = self.store.horizon(last, &ranges, &in_flight, HORIZON_IDS);
         let horizon = self.pulse.beat_during(horizon).await;

@@ -18,19 +18,19 @@ impl<S: Store> Poll<S> {
 
     pub(super) fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
         let now = Instant::now();
-        // One that takes some and refuses some is told of once, not each time.
-        let is_news = !self.releases.is_recent(route, now);
+        // One that takes some and refuses some is not told of each time, but when it stays parked.
+        let flaps = self.releases.is_recent(route, now);
         self.releases.postpone(route, now);
         if self.routes.refused(route, probe, now) == Parking::Parked {
             self.releases.end(route, Duration::ZERO, now);
-            if is_news {
-                tracing::warn!(
-                    exchange = route.exchange,
-                    routing_key = route.routing_key,
-                    reason,
-                    "route parked: it refuses every message; trying one now and then"
-                );
-            }
+        }
+        if !flaps && self.routes.is_to_be_told(route) {
+            tracing::warn!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                reason,
+                "route parked: it refuses every message; trying one now and then"
+            );
         }
     }
 
@@ -64,7 +64,7 @@ impl<S: Store> Poll<S> {
     /// Sends one waiting row of a parked route that is due for it.
     pub(super) async fn probe(&mut self) -> Result<(), StoreError> {
         let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
-        let in_flight: Vec<i64> = self.in_flight.keys().copied().collect();
+        let in_flight = self.in_flight_unless(false);
         let leases = self.leases();
         let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);

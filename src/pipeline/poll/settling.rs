@@ -170,6 +170,19 @@ mod tests {
         assert!(!stage.poll.known.contains(1) && stage.poll.known.contains(2));
     }
 
+    /// Right after it had worked it is not told, as one that flaps; but it must not be forgotten.
+    #[tokio::test]
+    async fn a_route_that_is_parked_right_after_it_worked_is_told_later() {
+        let mut stage = stage();
+        let (poll, row) = (&mut stage.poll, plain_row(1));
+        poll.releases.begin(Arc::clone(&row.route), std::time::Instant::now());
+        for _ in 0..3 {
+            poll.route_refuses(&row.route, "full", false);
+        }
+        assert_eq!(poll.routes.parked().len(), 1);
+        assert!(poll.routes.is_to_be_told(&row.route), "not told yet");
+    }
+
     #[tokio::test]
     async fn shards_that_come_end_a_rest() {
         let mut stage = stage();
