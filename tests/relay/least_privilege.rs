@@ -25,7 +25,7 @@ async fn roles(world: &World) -> (String, String) {
             .replace(" relay ", &format!(" {relay} "))
             .replace(" relay;", &format!(" {relay};"))
     };
-    as_superuser(world, &named(grants)).await;
+    world.superuser(&named(grants)).await;
     // The trigger of this test writes the ledger with the rights of the writer.
     world.sql(&format!("grant insert on written to {writer}")).await;
     (login(world, &writer, "writer-password"), login(world, &relay, "relay-password"))
@@ -35,15 +35,6 @@ fn login(world: &World, role: &str, password: &str) -> String {
     let mut url = url::Url::parse(&world.database_url).expect("URL");
     url.set_username(role).and_then(|()| url.set_password(Some(password))).expect("URL");
     url.to_string()
-}
-
-/// Runs statements as superuser in the database of this world.
-async fn as_superuser(world: &World, sql: &str) {
-    let url = world.servers().superuser_url.as_deref().unwrap_or(&world.database_url);
-    let mut url = url::Url::parse(url).expect("URL");
-    url.set_path(&world.name);
-    let mut db = PgConnection::connect(url.as_str()).await.expect("database");
-    db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
 }
 
 /// Each statement is refused for want of a right (42501), and for nothing else.

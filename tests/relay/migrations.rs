@@ -47,6 +47,22 @@ async fn run_migrates_when_it_is_told_to() {
     world.finish(Allowed::default()).await;
 }
 
+/// An index on a large table takes longer than any call of the pipeline may: here the last statement does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_at_the_start_has_more_time_than_a_call() {
+    let world = World::new().await;
+    world
+        .superuser(
+            "create function slow() returns event_trigger language plpgsql as $$ begin perform pg_sleep(25); end $$;
+             create event trigger slow on ddl_command_start when tag in ('CREATE PROCEDURE') execute function slow()",
+        )
+        .await;
+    let relay = world.relay(&[("OUTBOX_MIGRATE", "true"), ("OUTBOX_TABLE", "slow")]).await;
+    relay.ready().await;
+    relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_that_cannot_be_is_told_in_one_sentence() {
     let world = World::new().await;

@@ -228,10 +228,12 @@ impl World {
         eventually("health counts the dead rows", async || relay.health().await.dead == Some(dead)).await;
     }
 
-    /// Runs statements as superuser.
+    /// Runs statements as superuser in the database of this world.
     pub async fn superuser(&self, sql: &str) {
         let url = self.servers().superuser_url.as_deref().unwrap_or(&self.database_url);
-        let mut db = PgConnection::connect(url).await.expect("database");
+        let mut url = url::Url::parse(url).expect("URL");
+        url.set_path(&self.name);
+        let mut db = PgConnection::connect(url.as_str()).await.expect("database");
         db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
     }
 
