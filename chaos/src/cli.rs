@@ -59,10 +59,10 @@ pub fn command() -> Command {
         .args_override_self(true)
         .about("Runs relays under load while servers, links and relays fail, and judges the outcome from ledgers")
         .after_help(
-            "First the faults, then calm, in which everything must drain; then twelve invariants are judged.\n\
+            "First the faults, then calm, in which everything must drain; then twelve invariants are judged, and whether the ledgers agree.\n\
              Ctrl-C ends the faults early and judges; a second one ends at once.\n\
              The same seed gives the same schedule of faults.\n\n\
-             Exit codes: 0 all held, 1 an invariant was broken, 2 wrong usage, 3 the run itself failed",
+             Exit codes: 0 all held, 1 an invariant was broken, 2 wrong usage, 3 the run itself failed, 130 ended by a second Ctrl-C",
         )
         .arg(Arg::new("seed").long("seed").value_name("N").value_parser(value_parser!(u64)).help(
             "Decides the schedule and the writers' choices [default: random, and printed]",

@@ -230,7 +230,7 @@ pub const SETTINGS: &[Setting] = &[
         "OUTBOX_CONFIRM_TIMEOUT",
         Some("30s"),
         "DURATION",
-        "How long a confirm may take; the clock stands still while the broker blocks us",
+        "How long a batch may go without any answer; the clock stands still while the broker blocks us",
     ),
     setting(
         FAILURES,

@@ -3,7 +3,7 @@
 use crate::ownership::Holdings;
 use crate::sink::SinkState;
 use crate::store::Census;
-use crate::telemetry::{Board, Database, Metrics, Pulses};
+use crate::telemetry::{Board, Database, Metrics, Peer, Pulses};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
@@ -140,6 +140,18 @@ impl View {
             epoch: holdings.highest_epoch(),
             owned_shards: leases.iter().map(|lease| lease.shard).collect(),
         }
+    }
+
+    /// The text Prometheus scrapes. What is a state, and nobody's count, is taken now: it may have changed by the clock alone.
+    pub fn metrics(&self) -> String {
+        let Health { database, broker, ownership, .. } = self.health();
+        self.metrics.peer_up(Peer::Database, database.state == "up");
+        self.metrics.peer_up(Peer::Broker, broker.state != "down");
+        let owned = if ownership.state == "owner" { ownership.owned } else { 0 };
+        self.metrics.owned_shards.set(owned.into());
+        self.metrics.replicas.set(ownership.replicas.into());
+        self.metrics.lease_epoch.set(ownership.epoch);
+        self.metrics.encode()
     }
 
     /// The state now. Counts of the table are at most a second old while counting is quick.

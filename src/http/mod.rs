@@ -72,7 +72,7 @@ async fn health(State(view): State<View>) -> Response {
 
 async fn metrics(State(view): State<View>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], view.metrics.encode()).into_response()
+    ([(header::CONTENT_TYPE, kind)], view.metrics()).into_response()
 }
 
 async fn unknown() -> Response {

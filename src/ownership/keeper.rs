@@ -197,15 +197,7 @@ impl<S: LeaseTable> Keeper<S> {
             let (owned, replicas) = (has.len(), now.replicas);
             tracing::info!(gained, handed_over, owned, replicas, shards = now.shards(), "ownership");
         }
-        self.hold(now);
-    }
-
-    /// What is held from now on, for the pipeline and in the metrics.
-    fn hold(&self, holdings: Holdings) {
-        self.metrics.owned_shards.set(holdings.leases().len() as i64);
-        self.metrics.replicas.set(i64::from(holdings.replicas));
-        self.metrics.lease_epoch.set(holdings.highest_epoch());
-        self.holdings.send_replace(holdings);
+        self.holdings.send_replace(now);
     }
 
     /// Rows would belong to other shards here than there. Asked again later: the others may be on their way out.
@@ -220,7 +212,7 @@ impl<S: LeaseTable> Keeper<S> {
         let mut holdings = Holdings::none(self.member.replica, shards);
         holdings.refused = Some(sentence);
         holdings.replicas = standing.replicas;
-        self.hold(holdings);
+        self.holdings.send_replace(holdings);
     }
 
     /// What this replica should own. One that does not reach the broker waits a little before it gives way; one that
@@ -281,7 +273,7 @@ impl<S: LeaseTable> Keeper<S> {
     async fn leave(&self) {
         match tokio::time::timeout(LEAVE_LIMIT, self.store.leave(self.member)).await {
             Ok(Ok(())) => {
-                self.hold(Holdings::none(self.member.replica, self.member.shards));
+                self.holdings.send_replace(Holdings::none(self.member.replica, self.member.shards));
                 tracing::info!("leases given back");
             }
             Ok(Err(StoreError { sentence, .. })) => self.kept(&sentence),

@@ -29,6 +29,16 @@ struct PeerLabel {
     peer: &'static str,
 }
 
+impl From<Peer> for PeerLabel {
+    fn from(peer: Peer) -> Self {
+        let peer = match peer {
+            Peer::Broker => "broker",
+            Peer::Database => "database",
+        };
+        Self { peer }
+    }
+}
+
 /// What became of a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseChange {
@@ -51,6 +61,7 @@ struct ChangeLabel {
 pub struct Metrics {
     registry: Registry,
     reconnects: Family<PeerLabel, Counter>,
+    peers_up: Family<PeerLabel, Gauge>,
     lease_changes: Family<ChangeLabel, Counter>,
     pub delivered: Counter,
     pub returned: Counter,
@@ -88,6 +99,7 @@ impl Default for Metrics {
         let mut metrics = Self {
             registry: Registry::with_prefix("outbox_relay"),
             reconnects: Family::default(),
+            peers_up: Family::default(),
             lease_changes: Family::default(),
             delivered: result("delivered"),
             returned: result("returned"),
@@ -122,7 +134,12 @@ impl Default for Metrics {
 impl Metrics {
     /// A connection was made again after a loss.
     pub fn reconnected(&self, peer: Peer) {
-        self.peer(peer).inc();
+        self.reconnects.get_or_create(&peer.into()).inc();
+    }
+
+    /// Whether this server can be used.
+    pub fn peer_up(&self, peer: Peer, up: bool) {
+        self.peers_up.get_or_create(&peer.into()).set(up.into());
     }
 
     /// Leases have changed hands.
@@ -138,14 +155,6 @@ impl Metrics {
         text
     }
 
-    fn peer(&self, peer: Peer) -> Counter {
-        let peer = match peer {
-            Peer::Broker => "broker",
-            Peer::Database => "database",
-        };
-        self.reconnects.get_or_create(&PeerLabel { peer }).clone()
-    }
-
     fn lease_change(&self, change: LeaseChange) -> Counter {
         let change = match change {
             LeaseChange::Gained => "gained",
@@ -157,7 +166,10 @@ impl Metrics {
 
     fn register(&mut self, messages: Family<ResultLabel, Counter>) {
         // All series exist from the start, so that a rate over them does.
-        let _ = (self.peer(Peer::Broker), self.peer(Peer::Database));
+        for peer in [Peer::Broker, Peer::Database] {
+            drop(self.reconnects.get_or_create(&peer.into()));
+            self.peer_up(peer, false);
+        }
         for change in [LeaseChange::Gained, LeaseChange::HandedOver, LeaseChange::Lost] {
             self.lease_changes(change, 0);
         }
@@ -173,6 +185,7 @@ impl Metrics {
             self.possible_duplicates.clone(),
         );
         registry.register("reconnects", "Connections made again after a loss", self.reconnects.clone());
+        registry.register("peer_up", "Whether this server can be used: 1 or 0", self.peers_up.clone());
         registry.register(
             "broker_blocked_seconds",
             "Time the broker asked publishers to stop",

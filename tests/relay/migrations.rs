@@ -3,6 +3,8 @@
 use crate::support::World;
 use crate::support::process::run;
 use crate::support::world::Allowed;
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processes_that_migrate_at_once_do_no_harm() {
@@ -31,6 +33,21 @@ async fn what_print_shows_can_be_run_by_hand_and_again_by_the_relay() {
     world.sql("insert into outbox (routing_key, payload) values ('ok.1', '{}')").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
+    world.abandon();
+}
+
+/// Behind a migration that waits for a lock every writer would wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_print_shows_waits_for_no_lock_for_long() {
+    let world = World::new().await;
+    let (code, sql, err) = run(&["migrate", "--print"], &world.pairs(&[])).await;
+    assert_eq!(code, 0, "{err}");
+    let mut writer = PgConnection::connect(&world.database_url).await.expect("database");
+    writer.execute("begin; lock table outbox in row exclusive mode").await.expect("lock");
+    let mut by_hand = PgConnection::connect(&world.database_url).await.expect("database");
+    let refused = tokio::time::timeout(Duration::from_secs(60), by_hand.execute(AssertSqlSafe(sql))).await;
+    let error = refused.expect("a limit").expect_err("the table is locked");
+    assert_eq!(error.as_database_error().and_then(|error| error.code()).as_deref(), Some("55P03"), "{error}");
     world.abandon();
 }
 

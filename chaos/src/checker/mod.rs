@@ -1,4 +1,4 @@
-//! The judge: a pure function from ledgers, final table and observations to twelve verdicts.
+//! The judge: a pure function from ledgers, final table and observations to verdicts: twelve invariants, and that the ledgers agree.
 //!
 //! Each invariant gives its figures and, if it is broken, the first counter-example. The words of the
 //! invariants are the project's (I1 to I12); what cannot be seen from outside is said to be so.

@@ -19,17 +19,22 @@ const MIGRATIONS: [(i64, &str, &str); 3] = [
     (3, "watch", include_str!("../../../migrations/0003_watch.sql")),
 ];
 
-/// Of the session, which the advisory lock needs for itself anyway. Locks are waited for this long at most, so that a
-/// migration never queues the application behind itself.
-const LIMITS: [(&str, &str); 2] = [("lock_timeout", "5s"), ("statement_timeout", "60s")];
+/// Locks are waited for this long at most, so that a migration never queues the application behind itself.
+const LOCK_LIMIT: (&str, &str) = ("lock_timeout", "5s");
+/// Of the session, which the advisory lock needs for itself anyway.
+const LIMITS: [(&str, &str); 2] = [LOCK_LIMIT, ("statement_timeout", "60s")];
 
 /// Longest all of it may take as seen from here, should the server fall silent.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
 
 /// The SQL of all migrations for this table, for DBAs who apply it themselves.
 pub fn print(table: &TableName) -> String {
+    let (lock_timeout, limit) = LOCK_LIMIT;
     let texts = MIGRATIONS.map(|(version, name, text)| {
-        format!("-- Migration {version:04}: {name}\nbegin;\n\n{}\ncommit;\n", render(text, table))
+        let sql = render(text, table);
+        format!(
+            "-- Migration {version:04}: {name}\nbegin;\nset local {lock_timeout} = '{limit}';\n\n{sql}\ncommit;\n"
+        )
     });
     texts.join("\n")
 }
