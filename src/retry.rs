@@ -137,7 +137,7 @@ pub const WATCH_BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: D
 
 impl Backoff {
     /// Delays without end. backon's jitter adds up to the delay itself, so it is capped after.
-    pub fn delays(self) -> impl Iterator<Item = Duration> + Send {
+    pub fn delays(self) -> impl Iterator<Item = Duration> + Send + Sync + use<> {
         let builder = ExponentialBuilder::default()
             .with_min_delay(self.min)
             .with_max_delay(self.max)
@@ -157,7 +157,7 @@ impl Backoff {
 /// Pauses between tries of a call to the store, by what kind of trouble it is.
 pub struct Delays {
     trouble: Option<Trouble>,
-    delays: Box<dyn Iterator<Item = Duration> + Send>,
+    delays: Box<dyn Iterator<Item = Duration> + Send + Sync>,
 }
 
 impl Default for Delays {
@@ -172,7 +172,7 @@ impl Delays {
         let backoff = match error.trouble {
             Trouble::Outage => OUTAGE_BACKOFF,
             Trouble::Contention => CONTENTION_BACKOFF,
-            Trouble::Configuration => CONFIGURATION_BACKOFF,
+            Trouble::Configuration | Trouble::Rejected => CONFIGURATION_BACKOFF,
         };
         if self.trouble != Some(error.trouble) {
             self.trouble = Some(error.trouble);

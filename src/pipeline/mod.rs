@@ -116,7 +116,10 @@ pub enum End {
         reason: String,
     },
     /// Not sent; goes back to the table untouched.
-    Released,
+    Released {
+        /// Its key.
+        key: Option<Arc<str>>,
+    },
     /// Not sent, because its lease was not in force; goes back to the table untouched.
     Fenced {
         /// Its key, which stays held until all rows of the shard are back.

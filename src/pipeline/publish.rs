@@ -169,7 +169,7 @@ impl<P: Publisher> Worker<P> {
             return self.accept_for_silent_route(row);
         }
         if let Some(row) = self.queue.push(row.into()) {
-            self.end(&row, End::Released);
+            self.give_back_unsent(&row);
         }
     }
 
@@ -189,7 +189,7 @@ impl<P: Publisher> Worker<P> {
         }
         let probe = Queued { alone: true, ..row.into() };
         if let Some(row) = self.queue.push(probe) {
-            self.end(&row, End::Released);
+            self.give_back_unsent(&row);
         }
     }
 
@@ -321,8 +321,12 @@ impl<P: Publisher> Worker<P> {
 
     fn release(&mut self, rows: Vec<Row>) {
         for row in rows {
-            self.end(&row, End::Released);
+            self.give_back_unsent(&row);
         }
+    }
+
+    fn give_back_unsent(&mut self, row: &Row) {
+        self.end(row, End::Released { key: row.ordering_key.clone() });
     }
 
     /// Notes a row's end, to be handed over before anything is waited for.

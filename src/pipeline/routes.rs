@@ -4,6 +4,7 @@
 //! A parked route costs one message per probe however many rows wait for it. New rows of a parked
 //! route are still tried once each, so that every waiting row carries its own reason. Owned by `poll`.
 
+use crate::config::Settings;
 use crate::retry::{Backoff, Rest};
 use crate::store::Route;
 use std::collections::HashMap;
@@ -16,7 +17,7 @@ const PARK_AFTER: u32 = 3;
 pub(super) const ROUTES_MAX: usize = 1024;
 /// Longest pause between two probes of a route, so that a new binding is noticed soon.
 const PROBE_MAX: Duration = Duration::from_secs(5);
-/// The part of all places that probes may take: those without an answer keep theirs for long.
+/// The part of all places, and of all bytes, that probes may take: those without an answer keep theirs for long.
 const PROBES_PART: usize = 4;
 /// A probe that took long, because no answer came, is followed by this many times its duration of rest.
 const PROBE_REST: Rest = Rest { times: 10, at_most: Duration::from_secs(300) };
@@ -27,6 +28,7 @@ pub struct Routes {
     refusing: HashMap<Arc<Route>, Refusing>,
     probe: Backoff,
     probes_max: usize,
+    probe_bytes_max: usize,
 }
 
 #[derive(Debug)]
@@ -38,11 +40,13 @@ struct Refusing {
     next_probe: Instant,
     /// A probe is on its way.
     probing_since: Option<Instant>,
+    /// Bytes of the last one.
+    probe_bytes: usize,
 }
 
 impl Refusing {
     fn new(now: Instant) -> Self {
-        Self { refusals: 0, told: false, probes: 0, next_probe: now, probing_since: None }
+        Self { refusals: 0, told: false, probes: 0, next_probe: now, probing_since: None, probe_bytes: 0 }
     }
 
     fn parked(&self) -> bool {
@@ -65,10 +69,13 @@ pub enum Parking {
 
 impl Routes {
     /// Probes begin after `retry_min` and come at least every five seconds, sooner if `retry_max` is shorter.
-    pub fn new(retry_min: Duration, retry_max: Duration, places: usize) -> Self {
-        let max = retry_max.min(PROBE_MAX);
-        let probe = Backoff { min: retry_min.min(max), max };
-        Self { refusing: HashMap::new(), probe, probes_max: (places / PROBES_PART).max(1) }
+    pub fn new(settings: &Settings) -> Self {
+        let max = settings.retry_max.min(PROBE_MAX);
+        let probe = Backoff { min: settings.retry_min.min(max), max };
+        let part = |of: usize| (of / PROBES_PART).max(1);
+        let (probes_max, probe_bytes_max) =
+            (part(settings.max_in_flight), part(settings.max_in_flight_bytes));
+        Self { refusing: HashMap::new(), probe, probes_max, probe_bytes_max }
     }
 
     /// A message was refused by its destination; `probe` says that it was sent to try the route.
@@ -145,19 +152,34 @@ impl Routes {
         let due =
             self.refusing.iter_mut().filter(|(_, state)| state.waits_for_probe() && state.next_probe <= now);
         let (route, state) = due.min_by_key(|(_, state)| state.next_probe)?;
-        state.probing_since = Some(now);
+        (state.probing_since, state.probe_bytes) = (Some(now), 0);
         Some(Arc::clone(route))
     }
 
+    /// The probe that was taken is so large.
+    pub fn probe_sent(&mut self, route: &Route, bytes: usize) {
+        if let Some(state) = self.refusing.get_mut(route) {
+            state.probe_bytes = bytes;
+        }
+    }
+
     fn may_probe(&self) -> bool {
-        let on_their_way = self.refusing.values().filter(|state| state.probing_since.is_some()).count();
-        on_their_way < self.probes_max
+        let on_their_way = || self.refusing.values().filter(|state| state.probing_since.is_some());
+        let bytes: usize = on_their_way().map(|state| state.probe_bytes).sum();
+        on_their_way().count() < self.probes_max && bytes < self.probe_bytes_max
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Sources;
+
+    fn routes_of(retry_min: Duration, retry_max: Duration, max_in_flight: usize) -> Routes {
+        let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
+        let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
+        Routes::new(&Settings { retry_min, retry_max, max_in_flight, max_in_flight_bytes: 1000, ..settings })
+    }
 
     fn route() -> Arc<Route> {
         Arc::new(Route { exchange: "x".to_owned(), routing_key: "k".to_owned() })
@@ -166,7 +188,7 @@ mod tests {
     #[test]
     fn a_route_is_parked_probed_and_released() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
         assert!(!routes.is_to_be_told(&route), "not parked yet");
@@ -195,7 +217,7 @@ mod tests {
     #[test]
     fn probes_come_at_least_every_five_seconds() {
         let (mut routes, route, mut now) =
-            (Routes::new(Duration::from_secs(1), Duration::from_secs(3600), 2000), route(), Instant::now());
+            (routes_of(Duration::from_secs(1), Duration::from_secs(3600), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
             routes.refused(&route, false, now);
         }
@@ -209,7 +231,7 @@ mod tests {
     #[test]
     fn a_probe_that_took_long_is_followed_by_a_longer_rest_of_bounded_length() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
             routes.refused(&route, false, now);
         }
@@ -229,7 +251,7 @@ mod tests {
     #[test]
     fn every_parked_route_is_probed_in_its_turn() {
         let (mut routes, mut now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
         let all: Vec<_> = (0..50)
             .map(|n| Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") }))
             .collect();
@@ -253,7 +275,7 @@ mod tests {
     #[test]
     fn probes_without_an_answer_take_a_part_of_the_places() {
         let (mut routes, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 8), Instant::now());
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 8), Instant::now());
         for n in 0..5 {
             let route = Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") });
             for _ in 0..PARK_AFTER {
@@ -271,12 +293,35 @@ mod tests {
     #[test]
     fn a_success_in_between_starts_the_count_anew() {
         let (mut routes, route, now) =
-            (Routes::new(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..10 {
             routes.refused(&route, false, now);
             routes.refused(&route, false, now);
             routes.delivered(&route);
         }
         assert!(routes.parked().is_empty());
+    }
+
+    /// Few large ones would leave no room for the rows of routes that work.
+    #[test]
+    fn probes_take_a_part_of_the_bytes() {
+        let (mut routes, now) =
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
+        let route =
+            |number: usize| Arc::new(Route { exchange: "x".to_owned(), routing_key: number.to_string() });
+        for number in 0..5 {
+            for _ in 0..PARK_AFTER {
+                routes.refused(&route(number), false, now);
+            }
+        }
+        let later = now + Duration::from_secs(60);
+        let first = routes.take_due_probe(later).expect("one");
+        routes.probe_sent(&first, 200);
+        let second = routes.take_due_probe(later).expect("room for a second");
+        routes.probe_sent(&second, 9000);
+        assert_eq!(routes.take_due_probe(later), None, "a quarter is taken");
+        assert_eq!(routes.next_probe(), None, "nor is one waited for");
+        routes.refused(&second, true, later);
+        assert!(routes.take_due_probe(later).is_some(), "it has ended");
     }
 }

@@ -6,7 +6,7 @@
 use super::leases::{Lease, LeaseTable, Member, Standing};
 use super::{
     Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
-    Watch,
+    Watch, Written,
 };
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -45,6 +45,8 @@ struct Table {
     leases: BTreeMap<u32, Owned>,
     replicas: BTreeMap<Uuid, Replica>,
     leases_stalled_until: Option<Instant>,
+    locked: HashSet<i64>,
+    rejected: HashSet<i64>,
 }
 
 #[derive(Debug)]
@@ -99,6 +101,16 @@ impl MemoryStore {
     /// Lets the next call fail with this error. Several are used up in order.
     pub fn fail_next(&self, error: StoreError) {
         self.lock().failures.push_back(error);
+    }
+
+    /// Somebody has locked these rows, and no others.
+    pub fn lock_rows(&self, ids: impl IntoIterator<Item = i64>) {
+        self.lock().locked = ids.into_iter().collect();
+    }
+
+    /// Rejects whatever is written of these rows, and no others, but their death.
+    pub fn reject_rows(&self, ids: impl IntoIterator<Item = i64>) {
+        self.lock().rejected = ids.into_iter().collect();
     }
 
     /// Lets every call to the lease table fail for a while.
@@ -331,8 +343,18 @@ impl Store for MemoryStore {
         Ok(table.rows.range(..below).map(|(_, stored)| stored).rfind(long_ago).map(|stored| stored.row.id))
     }
 
-    async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
+    async fn settle(&self, settlement: &Settlement, passes_locks: bool) -> Result<Written, StoreError> {
         let mut table = self.call()?;
+        let locked: Vec<i64> = settlement.ids().filter(|id| table.locked.contains(id)).collect();
+        let failure = |trouble, sentence: &str| Err(StoreError { trouble, sentence: sentence.to_owned() });
+        if !locked.is_empty() && !passes_locks {
+            return failure(Trouble::Contention, "somebody has locked a row");
+        }
+        let settlement = &settlement.without(&locked);
+        let not_as_dead = Settlement { dead: Vec::new(), ..settlement.clone() };
+        if not_as_dead.ids().any(|id| table.rejected.contains(&id)) {
+            return failure(Trouble::Rejected, "a trigger rejects a row");
+        }
         let now = Instant::now();
         let mut marked = 0;
         for Delivered { id, message_id } in &settlement.delivered {
@@ -352,7 +374,7 @@ impl Store for MemoryStore {
                 stored.last_error = Some(dead.reason.clone());
             }));
         }
-        Ok(marked)
+        Ok(Written { marked, locked })
     }
 
     async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {

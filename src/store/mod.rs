@@ -247,6 +247,36 @@ impl Settlement {
     pub fn is_empty(&self) -> bool {
         self.delivered.is_empty() && self.waiting.is_empty() && self.dead.is_empty()
     }
+
+    /// Rows that are never to be read again.
+    pub fn marks(&self) -> u64 {
+        (self.delivered.len() + self.dead.len()) as u64
+    }
+
+    /// The ids of all rows.
+    pub fn ids(&self) -> impl Iterator<Item = i64> {
+        let delivered = self.delivered.iter().map(|row| row.id);
+        delivered.chain(self.waiting.iter().map(|row| row.id)).chain(self.dead.iter().map(|row| row.id))
+    }
+
+    /// What is left of it without these rows.
+    pub fn without(&self, ids: &[i64]) -> Self {
+        let mut rest = self.clone();
+        rest.delivered.retain(|row| !ids.contains(&row.id));
+        rest.waiting.retain(|row| !ids.contains(&row.id));
+        rest.dead.retain(|row| !ids.contains(&row.id));
+        rest
+    }
+}
+
+/// What has become of a settlement.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// So many of the delivered and dead rows were marked. Fewer than there are: some were marked before, or are locked, or
+    /// their ids belong to other messages now.
+    pub marked: u64,
+    /// Ids of rows that were passed over because somebody has them locked.
+    pub locked: Vec<i64>,
 }
 
 /// What one bite of retention did.
@@ -286,6 +316,9 @@ pub enum Trouble {
     Contention,
     /// Login, schema or grants: not ready, say so, retry slowly.
     Configuration,
+    /// The database does not take what this statement writes (a constraint, a trigger, a limit of an index): other rows may
+    /// pass.
+    Rejected,
 }
 
 /// A failed call to the store.
@@ -336,9 +369,13 @@ pub trait Store: Send + Sync + 'static {
         age: Duration,
     ) -> impl Future<Output = Result<Option<i64>, StoreError>> + Send;
 
-    /// Writes outcomes; answers with how many of the delivered and dead rows it has marked. Fewer than there are: some were
-    /// marked before, or their ids belong to other messages now.
-    fn settle(&self, settlement: &Settlement) -> impl Future<Output = Result<u64, StoreError>> + Send;
+    /// Writes outcomes, all or none of them. With `passes_locks`, without those of rows that somebody has locked, which are
+    /// waited for otherwise.
+    fn settle(
+        &self,
+        settlement: &Settlement,
+        passes_locks: bool,
+    ) -> impl Future<Output = Result<Written, StoreError>> + Send;
 
     /// Deletes expired rows among the next `rows` delivered ones after `after`.
     fn purge(

@@ -91,7 +91,9 @@ impl Board {
                     self.note(user, Err(error.sentence.clone()));
                 }
             }
-            Trouble::Outage | Trouble::Configuration => self.note(user, Err(error.sentence.clone())),
+            Trouble::Outage | Trouble::Configuration | Trouble::Rejected => {
+                self.note(user, Err(error.sentence.clone()));
+            }
         }
     }
 

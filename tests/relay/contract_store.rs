@@ -146,7 +146,10 @@ async fn polls_what_it_is_asked_for(subject: &impl Subject) {
     let horizon = store.horizon(6, &ranges, &[3], 10).await.expect("horizon");
     assert_eq!(horizon.pending, [2], "pending ids in the ranges up to the last");
     assert!(horizon.xmin <= horizon.next_xid);
-    store.settle(&Settlement { delivered: sent(1..=20), ..Settlement::default() }).await.expect("settle");
+    store
+        .settle(&Settlement { delivered: sent(1..=20), ..Settlement::default() }, false)
+        .await
+        .expect("settle");
     assert!(ids(store, ask(100)).await.is_empty());
 }
 
@@ -155,18 +158,21 @@ async fn a_refused_row_holds_back_its_key(subject: &impl Subject) {
     for (id, key) in [(31, Some("a")), (32, Some("b")), (33, Some("a")), (34, None), (35, Some("a"))] {
         subject.insert(id, key, "r", 10).await;
     }
-    store.settle(&waiting(33, Duration::from_secs(60))).await.expect("settle");
+    store.settle(&waiting(33, Duration::from_secs(60)), false).await.expect("settle");
     assert_eq!(
         ids(store, ask(100)).await,
         [31, 32, 34],
         "rows after the refused one wait, earlier ones do not"
     );
     assert_eq!(ids(store, Ask { keep_order: false, ..ask(100) }).await, [31, 32, 34, 35]);
-    store.settle(&waiting(33, Duration::ZERO)).await.expect("settle");
+    store.settle(&waiting(33, Duration::ZERO), false).await.expect("settle");
     assert_eq!(ids(store, ask(100)).await, [31, 32, 33, 34], "due again, and still before its followers");
     let rows = store.poll(ask(100)).await.expect("poll").rows;
     assert_eq!(rows.iter().find(|row| row.id == 33).map(|row| row.attempts), Some(1));
-    store.settle(&Settlement { delivered: sent(31..=35), ..Settlement::default() }).await.expect("settle");
+    store
+        .settle(&Settlement { delivered: sent(31..=35), ..Settlement::default() }, false)
+        .await
+        .expect("settle");
 }
 
 async fn parks_probes_and_releases(subject: &impl Subject) {
@@ -176,15 +182,15 @@ async fn parks_probes_and_releases(subject: &impl Subject) {
         subject.insert(id, Some("p"), "parked", 10).await;
     }
     subject.insert(45, None, "parked", 10).await;
-    store.settle(&waiting(41, Duration::ZERO)).await.expect("settle");
+    store.settle(&waiting(41, Duration::ZERO), false).await.expect("settle");
     let parked = [Arc::clone(&route)];
     assert_eq!(
         ids(store, Ask { parked: &parked, ..ask(100) }).await,
         [45],
         "a new row is tried, a refused one is not"
     );
-    store.settle(&waiting(41, Duration::from_secs(60))).await.expect("settle");
-    store.settle(&waiting(45, Duration::from_secs(60))).await.expect("settle");
+    store.settle(&waiting(41, Duration::from_secs(60)), false).await.expect("settle");
+    store.settle(&waiting(45, Duration::from_secs(60)), false).await.expect("settle");
     let probe = store.probe(&route, &[], true, ALL_SHARDS).await.expect("probe");
     assert_eq!(probe.map(|row| row.id), Some(41), "due or not");
     let probe = store.probe(&route, &[41], true, ALL_SHARDS).await.expect("probe");
@@ -195,7 +201,10 @@ async fn parks_probes_and_releases(subject: &impl Subject) {
     assert_eq!(store.release(&route, 100).await.expect("release"), 1);
     assert_eq!(store.release(&route, 100).await.expect("release"), 0);
     assert_eq!(ids(store, ask(100)).await, [41, 45]);
-    store.settle(&Settlement { delivered: sent(41..=45), ..Settlement::default() }).await.expect("settle");
+    store
+        .settle(&Settlement { delivered: sent(41..=45), ..Settlement::default() }, false)
+        .await
+        .expect("settle");
 }
 
 async fn watches_for_rows_that_may_be_read(subject: &impl Subject) {
@@ -226,11 +235,14 @@ async fn watches_for_rows_that_may_be_read(subject: &impl Subject) {
     assert_eq!(seen(Watch { in_flight: &[46], ..poll }).await, None);
     assert_eq!(seen(Watch { ranges: &[(i64::MIN, 45), (47, i64::MAX)], ..poll }).await, None);
     assert_eq!(seen(Watch { ranges: &[], ..poll }).await, None);
-    store.settle(&waiting(46, Duration::from_millis(300))).await.expect("settle");
+    store.settle(&waiting(46, Duration::from_millis(300)), false).await.expect("settle");
     assert_eq!(seen(poll).await, None, "not due");
     let again = Watch { poll_interval: Duration::from_millis(20), lasts: Duration::from_secs(10), ..poll };
     assert_eq!(seen(again).await, Some(46), "due meanwhile");
-    store.settle(&Settlement { delivered: sent([46]), ..Settlement::default() }).await.expect("settle");
+    store
+        .settle(&Settlement { delivered: sent([46]), ..Settlement::default() }, false)
+        .await
+        .expect("settle");
     assert_eq!(seen(Watch { noticed: 45, ..poll }).await, None, "not pending");
 }
 
@@ -248,16 +260,17 @@ async fn settles_all_kinds_and_twice(subject: &impl Subject) {
         attempts: 1,
         reason: "never".to_owned(),
     }];
-    for _ in 0..2 {
-        store.settle(&settlement).await.expect("settle");
+    for passes_locks in [false, true, false] {
+        let written = store.settle(&settlement, passes_locks).await.expect("settle");
+        assert!(written.locked.is_empty(), "nobody has locked anything");
         let census = store.census().await.expect("census");
         assert_eq!((census.pending, census.waiting, census.dead, census.blocked_keys), (1, 1, 1, 0));
         assert!(ids(store, ask(100)).await.is_empty());
     }
     // What has an end keeps it.
-    store.settle(&waiting(53, Duration::ZERO)).await.expect("settle");
+    store.settle(&waiting(53, Duration::ZERO), false).await.expect("settle");
     assert!(ids(store, ask(100)).await.is_empty());
-    store.settle(&Settlement::default()).await.expect("nothing to settle");
+    store.settle(&Settlement::default(), false).await.expect("nothing to settle");
 }
 
 async fn counts_and_purges(subject: &impl Subject) {
@@ -314,7 +327,10 @@ async fn reads_only_its_share(subject: &impl Subject) {
     assert_eq!(found, (101..=200).collect::<Vec<_>>(), "every row is in one shard");
     let shards: HashSet<u32> = shard_of_key.values().copied().collect();
     assert!(shards.len() > 1, "keys are spread");
-    store.settle(&Settlement { delivered: sent(found), ..Settlement::default() }).await.expect("settle");
+    store
+        .settle(&Settlement { delivered: sent(found), ..Settlement::default() }, false)
+        .await
+        .expect("settle");
 }
 
 /// Also those that are not due, and those behind a refused row of their key: nothing of them is this reader's business but
@@ -325,7 +341,7 @@ async fn tells_rows_of_others_by_their_ids(subject: &impl Subject) {
     for id in IDS {
         subject.insert(id, Some(&format!("key {}", id % 20)), "r", 10).await;
     }
-    store.settle(&waiting(211, Duration::from_secs(600))).await.expect("settle");
+    store.settle(&waiting(211, Duration::from_secs(600)), false).await.expect("settle");
     let ranges = [(*IDS.start(), *IDS.end())];
     for shard in 0..4 {
         let leases = [Lease { shard, epoch: 7 }];
@@ -354,7 +370,7 @@ async fn tells_rows_of_others_by_their_ids(subject: &impl Subject) {
     assert_eq!(read.passed[..3], [212, 214, 215], "what is in flight is not told");
     let read = store.poll(Ask { others: Others { after: 248, ..others }, ..all }).await.expect("poll");
     assert_eq!((read.passed, read.more), (vec![249, 250], false), "only what is new");
-    store.settle(&Settlement { delivered: sent(IDS), ..Settlement::default() }).await.expect("settle");
+    store.settle(&Settlement { delivered: sent(IDS), ..Settlement::default() }, false).await.expect("settle");
 }
 
 async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
@@ -373,7 +389,7 @@ async fn refusals_need_the_lease_and_deliveries_do_not(subject: &impl Subject) {
         reason: "late".to_owned(),
     }];
     settlement.delivered = sent([303]);
-    store.settle(&settlement).await.expect("settle");
+    store.settle(&settlement, false).await.expect("settle");
     let rows = store.poll(ask(100)).await.expect("poll").rows;
     let left: Vec<(i64, u32)> =
         rows.iter().map(|row| (row.id, row.attempts)).filter(|(id, _)| *id > 300).collect();
@@ -394,11 +410,15 @@ async fn outcomes_are_those_of_a_message_not_of_an_id(subject: &impl Subject) {
     settlement.dead = vec![dead(403, other), dead(405, message_id(405))];
     settlement.delivered = sent([404]);
     settlement.delivered.push(Delivered { id: 401, message_id: other });
-    assert_eq!(store.settle(&settlement).await.expect("settle"), 2, "one of two each was marked");
+    assert_eq!(
+        store.settle(&settlement, false).await.expect("settle").marked,
+        2,
+        "one of two each was marked"
+    );
     let mut left = ids(store, ask(100)).await;
     left.retain(|id| *id > 400);
     assert_eq!(left, [401, 402, 403]);
-    assert_eq!(store.settle(&settlement).await.expect("settle"), 0, "marked before");
+    assert_eq!(store.settle(&settlement, false).await.expect("settle").marked, 0, "marked before");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

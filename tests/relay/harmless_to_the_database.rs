@@ -65,6 +65,39 @@ async fn a_waiting_row_that_somebody_has_locked_stalls_nothing() {
     world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
 }
 
+/// An operator looks at a row in a transaction and goes to lunch. It is sent, for reading asks for no locks, and its mark waits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_are_locked_when_they_are_to_be_marked_keep_only_their_places() {
+    let world = World::new().await;
+    world.write(100, 10).await;
+    world
+        .sql("insert into outbox (routing_key, ordering_key, payload) select 'lost.1', 'lost', '{}' from generate_series(1, 20)")
+        .await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    // One that is delivered, and the first of a key whose route has no queue: those behind it must not go round and round.
+    transaction.execute("select from outbox where id in (7, 101) for update").await.expect("lock");
+    let relay = world.relay(&[]).await;
+    let delivered = "select count(*) from outbox where delivered_at is not null";
+    world.until(delivered, 99).await;
+    for round in 1..=5 {
+        world.write(100, 10).await;
+        world.until(delivered, 99 + 100 * round).await;
+    }
+    assert!(
+        relay.metric("messages_total{result=\"returned\"}").await <= 1.0,
+        "sent once while its wait is not written"
+    );
+    let held = relay.health().await;
+    assert_eq!(held.status, "ok", "{:?}", held.reason);
+    assert_eq!(held.in_flight, 21, "the two, and those behind the second");
+    transaction.rollback().await.expect("roll back");
+    world.bind("lost.#").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
 /// The poll reads what it needs: with an old transaction that keeps every dead index entry alive, a read does not
 /// walk over the rows that were delivered before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

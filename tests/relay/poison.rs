@@ -14,6 +14,7 @@ async fn only_the_poison_is_dead() {
         ("'ok.1'", "jsonb_build_object('h', repeat('x', 1000000))", "more than the broker's frame"),
         ("'ok.1'", "jsonb_build_object(repeat('n', 300), 1)", "AMQP allows 255"),
         ("'ok.1'", "'{\"n\": 18446744073709551615}'", "does not fit into 64 bits"),
+        ("'ok.1'", "'{\"n\": -123456789012345678901}'", "does not fit into 64 bits"),
     ];
     for (routing_key, headers, _) in poison {
         world.write(50, 3).await;
@@ -38,6 +39,55 @@ async fn only_the_poison_is_dead() {
     world.until_health_dead(&relay, poison.len() as u64).await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { dead: true, ..Allowed::default() }).await;
+}
+
+/// The index of waiting rows takes keys up to a third of a page. That shows only when such a row is refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_that_cannot_be_written_is_a_death() {
+    let world = World::new().await;
+    let large = |routing_key: &str| {
+        format!(
+            "insert into outbox (routing_key, ordering_key, payload)
+             select '{routing_key}', (select string_agg(md5(random()::text), '') from generate_series(1, 200)), '{{}}'"
+        )
+    };
+    for _ in 0..3 {
+        world.write(100, 10).await;
+        world.sql(&large("lost.1")).await;
+        world.sql(&large("ok.1")).await;
+    }
+    let relay = world.relay(&[]).await;
+    world.drained().await;
+    world.write(100, 10).await;
+    world.drained().await;
+    let dead = "select count(*) from outbox where dead_at is not null";
+    assert_eq!(world.number(dead).await, 3);
+    let told = "last_error like 'no queue takes%' and last_error like '%its wait cannot be written: index row size%'";
+    assert_eq!(world.number(&format!("{dead} and {told}")).await, 3);
+    world.until_health_dead(&relay, 3).await;
+    assert_eq!(relay.metric("messages_total{result=\"dead\"}").await, 3.0);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { dead: true, ..Allowed::default() }).await;
+}
+
+/// It passes when nothing else is in flight. Something always is where many routes are tried in turn.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_above_the_budget_is_sent_beside_parked_routes() {
+    let world = World::new().await;
+    world
+        .sql("insert into outbox (routing_key, payload) select 'lost.' || i % 300, '{}' from generate_series(1, 900) i")
+        .await;
+    let relay = world.relay(&[("OUTBOX_MAX_IN_FLIGHT_BYTES", "256KiB")]).await;
+    eventually("all routes are parked", async || relay.health().await.parked_routes == 300).await;
+    world
+        .sql("insert into outbox (routing_key, payload) values ('ok.1', to_jsonb(repeat('x', 8000000)))")
+        .await;
+    world.write(100, 10).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 101).await;
+    world.bind("lost.#").await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
 }
 
 /// A payload over the broker's limit closes the channel under all others in flight. They are sent again, the

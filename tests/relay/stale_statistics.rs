@@ -41,12 +41,12 @@ async fn work(store: &PostgresStore, exchange: &str) {
     let rows = read(store, i64::MIN, 1000).await;
     assert_eq!(rows.len(), 1000);
     for row in &rows[..10] {
-        store.settle(&refused(row)).await.expect("settle");
+        store.settle(&refused(row), false).await.expect("settle");
     }
     for row in &rows[10..20] {
-        store.settle(&dead(row)).await.expect("settle");
+        store.settle(&dead(row), false).await.expect("settle");
     }
-    store.settle(&delivered(&rows[20..])).await.expect("settle");
+    store.settle(&delivered(&rows[20..]), false).await.expect("settle");
     let last = rows.last().map_or(0, |row| row.id);
     assert_eq!(read(store, last, 1000).await.len(), 1000);
     assert_eq!(store.horizon(last, &ALL, &[], 1000).await.expect("horizon").pending.len(), 10);

@@ -43,6 +43,88 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
     }
 }
 
+/// The same of rows that were refused: unwritten, their waits would send them again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
+    let world = World::new().await;
+    world
+        .sql(
+            "create policy see on outbox for select using (true);
+             create policy write on outbox for insert with check (true);
+             alter table outbox enable row level security, force row level security;
+             insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 5);
+             insert into outbox (routing_key, payload, headers) values ('ok.1', '{}', '[]')",
+        )
+        .await;
+    let relay = world.relay(&[]).await;
+    eventually("not ready, with the reason", async || {
+        let (status, reason) = relay.get("/readyz").await;
+        status == 503 && reason.contains("marks did not reach their rows")
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(relay.metric("messages_total{result=\"returned\"}").await <= 5.0, "each was sent once");
+    world.sql("alter table outbox disable row level security").await;
+    world.bind("lost.#").await;
+    world.drained().await;
+    relay.ready().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, dead: true, ..Allowed::default() }).await;
+}
+
+/// A trigger of somebody's rejects the marks of some rows. They keep their places and are told; all others go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_whose_mark_is_rejected_holds_up_no_other() {
+    let world = World::new().await;
+    world
+        .sql(
+            "create function reject() returns trigger language plpgsql as
+             'begin if old.id in (5, 50) then raise ''not this one''; end if; return new; end';
+             create trigger reject before update on outbox for each row execute function reject()",
+        )
+        .await;
+    world.write(100, 10).await;
+    let relay = world.relay(&[]).await;
+    let delivered = "select count(*) from outbox where delivered_at is not null";
+    world.until(delivered, 98).await;
+    eventually("not ready, with the reason", async || {
+        let (status, reason) = relay.get("/readyz").await;
+        status == 503 && reason.contains("2 rows cannot be marked, id 5 for one: not this one")
+    })
+    .await;
+    world.write(100, 10).await;
+    world.until(delivered, 198).await;
+    assert_eq!(world.queue_depth().await, 200, "each was sent once");
+    world.sql("drop trigger reject on outbox").await;
+    world.drained().await;
+    relay.ready().await;
+    assert_eq!(relay.metric("messages_total{result=\"delivered\"}").await, 200.0);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// The time since a time that is none is an error to Postgres 14 to 16, and infinite to later ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_of_no_time_does_not_stop_the_counting() {
+    for time in ["infinity", "-infinity"] {
+        let world = World::new().await;
+        world
+            .sql(&format!(
+                "insert into outbox (routing_key, payload, created_at) values ('lost.1', '1', '{time}')"
+            ))
+            .await;
+        let relay = world.relay(&[]).await;
+        world.until("select count(*) from outbox where attempts > 0", 1).await;
+        eventually("health counts the row", async || relay.health().await.waiting == Some(1)).await;
+        let health = relay.health().await;
+        assert_eq!((health.status.as_str(), health.oldest_pending_seconds), ("ok", Some(0.0)));
+        world.bind("lost.#").await;
+        world.drained().await;
+        relay.stop().await.expect("clean stop");
+        world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_metrics_agree_with_the_table() {
     let world = World::new().await;
@@ -70,6 +152,8 @@ async fn health_and_metrics_agree_with_the_table() {
         ("possible_duplicates_total", 0.0),
         ("end_to_end_seconds_count", 500.0),
         ("owned_shards", 16.0),
+        ("peer_up{peer=\"database\"}", 1.0),
+        ("peer_up{peer=\"broker\"}", 1.0),
     ] {
         assert_eq!(relay.metric(metric).await, value, "{metric}");
     }
@@ -237,6 +321,33 @@ async fn check_finds_missing_grants() {
     world.write(100, 5).await;
     let relay = world.relay(&[("DATABASE_URL", url.as_str())]).await;
     world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed::default()).await;
+}
+
+/// What an alert needs: a replica that the database has left says so, and does not go on to claim its shards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_tell_which_server_is_away() {
+    let world = World::new().await;
+    let amqp_url = &world.servers().amqp_url;
+    let (database, broker) = (Proxy::to(&world.database_url).await, Proxy::to(amqp_url).await);
+    let (database_url, amqp_url) = (database.url(&world.database_url), broker.url(amqp_url));
+    let relay = world.relay(&[("DATABASE_URL", &database_url), ("AMQP_URL", &amqp_url)]).await;
+    relay.ready().await;
+    let told = async |name: &str, value: f64| {
+        eventually(&format!("{name} is {value}"), async || relay.metric(name).await == value).await;
+    };
+    broker.set(Link::Cut);
+    told("peer_up{peer=\"broker\"}", 0.0).await;
+    broker.set(Link::Pass);
+    told("peer_up{peer=\"broker\"}", 1.0).await;
+    told("owned_shards", 16.0).await;
+    database.set(Link::Cut);
+    told("peer_up{peer=\"database\"}", 0.0).await;
+    told("owned_shards", 0.0).await;
+    database.set(Link::Pass);
+    told("peer_up{peer=\"database\"}", 1.0).await;
+    told("owned_shards", 16.0).await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;
 }

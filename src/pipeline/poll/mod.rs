@@ -171,7 +171,7 @@ impl<S: Store> Poll<S> {
             gaps: Gaps::default(),
             sweep: Sweep::new(settings.sweep_interval),
             watching: Watching::new(settings.long_poll),
-            routes: Routes::new(settings.retry_min, settings.retry_max, settings.max_in_flight),
+            routes: Routes::new(settings),
             releases: Releases::default(),
             row_bytes: FIRST_ROW_BYTES,
             delays: Delays::default(),
@@ -282,6 +282,9 @@ impl<S: Store> Poll<S> {
             if !may_read {
                 // Nothing is asked of the database meanwhile, so nothing is known of it here.
                 self.board.database_idle(DatabaseUser::Poll);
+                if self.leases().is_empty() {
+                    self.metrics.parked_routes.set(0);
+                }
             }
             self.next_event().await?;
             self.take_settled().await;
@@ -328,8 +331,13 @@ impl<S: Store> Poll<S> {
     fn has_room(&self) -> bool {
         let rows = self.limits.rows - self.in_flight.len();
         let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
-        self.in_flight.is_empty()
+        (rows > 0 && self.only_probes_are_in_flight())
             || (rows >= worth_a_statement(self.limits.rows) && bytes >= self.limits.bytes / 4)
+    }
+
+    /// Those of silent routes keep their places for long, which no row may wait for that needs all the bytes.
+    fn only_probes_are_in_flight(&self) -> bool {
+        self.in_flight.values().all(|row| row.probe)
     }
 
     /// When something besides reading is to be done next.

@@ -75,6 +75,7 @@ impl<S: Store> Poll<S> {
             }
             Ok(Some(Some(row))) => {
                 let prober = self.prober();
+                self.routes.probe_sent(&route, row.bytes());
                 self.send(vec![row], prober).await;
             }
             Ok(Some(None)) if leases.len() == self.holdings.borrow().leases().len() => {

@@ -68,7 +68,7 @@ impl<S: Store> Poll<S> {
             ranges: &ranges,
             rows,
             bytes,
-            room_for_any: self.in_flight.is_empty(),
+            room_for_any: self.only_probes_are_in_flight(),
             in_flight: &in_flight,
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),

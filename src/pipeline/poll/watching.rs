@@ -63,7 +63,7 @@ impl Watching {
         let was_told = self.is_told();
         self.failures = match error.trouble {
             // Nothing passes by itself here.
-            Trouble::Configuration => self.failures.max(FAILURES_TOLD - 1) + 1,
+            Trouble::Configuration | Trouble::Rejected => self.failures.max(FAILURES_TOLD - 1) + 1,
             Trouble::Outage | Trouble::Contention => self.failures.saturating_add(1),
         };
         self.closed_until = Some(Instant::now() + WATCH_BACKOFF.delay(self.failures));

@@ -59,7 +59,7 @@ pub fn fault_of_close(error: &Error, message: Blamed<'_>, alone: bool) -> Fault 
                 true => Fault::Destination,
                 false => Fault::Unknown,
             },
-            (AMQPErrorKind::Soft(_), Some(406)) => match size_limit(text) {
+            (AMQPErrorKind::Soft(_), Some(406)) => match size_limit(error, text) {
                 Some(limit) if message.payload_len > limit => Fault::Hopeless,
                 Some(_) => Fault::Unknown,
                 None => suspect,
@@ -88,8 +88,9 @@ pub fn names_exchange(text: &str, exchange: &str) -> bool {
     !text.contains("access to topic") && text.contains(&format!("exchange '{name}'"))
 }
 
-/// The limit in "message size 2000 is larger than configured max size 1000".
-pub fn size_limit(text: &str) -> Option<usize> {
+/// The limit in "message size 2000 is larger than configured max size 1000". Other errors may have such words in a name.
+pub fn size_limit(error: &Error, text: &str) -> Option<usize> {
+    reply_code(error).filter(|code| *code == 406)?;
     let (_, after) = text.split_once("max size ")?;
     let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().ok()
@@ -140,6 +141,10 @@ mod tests {
         let error = close(AMQPSoftError::PRECONDITIONFAILED, text);
         assert_eq!(fault_of_close(&error, blamed("x", 2000), false), Fault::Hopeless);
         assert_eq!(fault_of_close(&error, blamed("x", 1000), false), Fault::Unknown);
+        assert_eq!(size_limit(&error, text), Some(1000));
+        let text = "ACCESS_REFUSED - access to topic 'max size 1' in exchange 'x' refused";
+        let error = close(AMQPSoftError::ACCESSREFUSED, text);
+        assert_eq!(size_limit(&error, text), None, "a name of somebody's");
     }
 
     #[test]

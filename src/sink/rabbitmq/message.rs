@@ -107,7 +107,7 @@ fn field(value: Value, depth: usize) -> Result<AMQPValue, String> {
         Value::Bool(flag) => AMQPValue::Boolean(flag),
         Value::Number(number) => match (number.as_i64(), number.as_f64()) {
             (Some(integer), _) => AMQPValue::LongLongInt(integer),
-            (None, Some(float)) if float.is_finite() && !number.is_u64() => AMQPValue::Double(float),
+            (None, Some(float)) if number.is_f64() => AMQPValue::Double(float),
             _ => return Err(format!("{number} does not fit into 64 bits; write it as a string")),
         },
         Value::String(text) => AMQPValue::LongString(text.into()),
@@ -195,6 +195,8 @@ mod tests {
             (row("[1]"), "headers are an array, expected a JSON object"),
             (row("null"), "headers are null, expected a JSON object"),
             (row(r#"{"n": 18446744073709551615}"#), "header \"n\": 18446744073709551615 does not fit"),
+            (row(r#"{"n": -123456789012345678901}"#), "header \"n\": -123456789012345678901 does not fit"),
+            (row(r#"{"n": 1e999}"#), "header \"n\": 1e+999 does not fit"),
             (
                 row(&format!(r#"{{"h": "{}"}}"#, "x".repeat(200_000))),
                 "more than the broker's frame of 131072",

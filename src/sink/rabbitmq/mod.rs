@@ -16,6 +16,7 @@ mod link;
 pub mod message;
 pub mod preflight;
 mod publisher;
+mod rounds;
 mod tls;
 
 pub use publisher::RabbitPublisher;

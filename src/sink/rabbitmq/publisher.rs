@@ -10,6 +10,7 @@ use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_lim
 use super::connection::BrokerConnection;
 use super::exchanges::{Access, Exchanges};
 use super::message::{ID_HEADER, Message, compose};
+use super::rounds::Rounds;
 use crate::mutants::mutant;
 use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
@@ -20,7 +21,7 @@ use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -223,8 +224,7 @@ impl RabbitPublisher {
         compose(row, frame_max).map_err(hopeless)
     }
 
-    /// Sorts the rows that have a message into rounds: all that may go together, then for each exchange that refused
-    /// lately one message alone and the others after it, and last what must not overtake those of its key.
+    /// Sorts the rows that have a message into rounds.
     async fn rounds(
         &mut self,
         connection: &BrokerConnection,
@@ -232,34 +232,19 @@ impl RabbitPublisher {
         messages: &[Option<Message>],
         verdicts: &mut [Option<Verdict>],
     ) -> Result<Vec<Vec<usize>>, String> {
-        let (mut together, mut last) = (Vec::with_capacity(batch.len()), Vec::new());
-        let mut tries: Vec<(&str, Vec<usize>)> = Vec::new();
-        let mut delayed_keys = HashSet::new();
+        let mut rounds = Rounds::default();
         let sendable = batch.iter().zip(messages).enumerate().filter(|(_, (_, message))| message.is_some());
         for (place, (row, _)) in sendable {
             let (exchange, key) = (row.route.exchange.as_str(), row.ordering_key.as_deref());
             match self.exchanges.access(connection, exchange).await? {
-                Access::Open if key.is_some_and(|key| delayed_keys.contains(key)) => last.push(place),
-                Access::Open => together.push(place),
-                Access::OneTry => {
-                    delayed_keys.extend(key);
-                    match tries.iter_mut().find(|(name, _)| *name == exchange) {
-                        Some((_, places)) => places.push(place),
-                        None => tries.push((exchange, vec![place])),
-                    }
-                }
+                Access::Open => rounds.add(place, exchange, key, false),
+                Access::OneTry => rounds.add(place, exchange, key, true),
                 Access::Refused(reason) => {
                     verdicts[place] = Some(Err(Refusal::new(Fault::Destination, reason)));
                 }
             }
         }
-        let mut rounds = vec![together];
-        for (_, mut places) in tries {
-            let rest = places.split_off(1);
-            rounds.extend([places, rest]);
-        }
-        rounds.push(last);
-        Ok(rounds)
+        Ok(rounds.into_rounds())
     }
 
     /// One round: out, all confirms in, verdicts.
@@ -322,7 +307,7 @@ impl RabbitPublisher {
         if fault == Fault::Destination && names_exchange(&text, exchange) {
             self.exchanges.refused(exchange, text.clone());
         }
-        if let Some(limit) = size_limit(&text) {
+        if let Some(limit) = size_limit(error, &text) {
             self.message_size_max = Some(limit);
         }
         Refusal::new(fault, text)

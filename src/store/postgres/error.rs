@@ -56,7 +56,9 @@ fn by_code(code: &str, message: &str) -> Trouble {
         "0A000" | "25006" => Trouble::Outage,
         _ => match code.get(..2) {
             // Login, database, schema; grants, missing or renamed objects, wrong types.
-            Some("28" | "3D" | "3F" | "42" | "22" | "23") => Trouble::Configuration,
+            Some("28" | "3D" | "3F" | "42") => Trouble::Configuration,
+            // Data, constraint, check option, program limit, PL/pgSQL: what is written of some row is at fault.
+            Some("22" | "23" | "44" | "54" | "P0") => Trouble::Rejected,
             // Connection lost, shutting down, out of resources, disk full, I/O error, anything new.
             _ => Trouble::Outage,
         },
@@ -81,6 +83,9 @@ mod tests {
         }
         for code in ["28P01", "28000", "3D000", "42P01", "42501", "42703"] {
             assert_eq!(by_code(code, ""), Trouble::Configuration, "{code}");
+        }
+        for code in ["22P05", "23514", "44000", "54000", "P0001"] {
+            assert_eq!(by_code(code, ""), Trouble::Rejected, "{code}");
         }
         for (code, message) in [
             ("08P01", "unsupported startup parameter: options"),

@@ -18,12 +18,14 @@ mod statements;
 pub use session::Connector;
 
 use super::{
-    Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Watch,
+    Ask, Bite, Census, Delivered, Horizon, Lease, Read, Route, Row, Settlement, Share, Store, StoreError,
+    Watch, Written,
 };
 use crate::config::Settings;
 use decode::Decoder;
 use session::{Lane, Session, TableAccess, Unit};
 use sqlx::Row as _;
+use sqlx::postgres::PgRow;
 use statements::Statements;
 use std::sync::Arc;
 use std::time::Duration;
@@ -100,6 +102,19 @@ impl PostgresStore {
         Ok(marked)
     }
 
+    async fn run_settle_unlocked(
+        &self,
+        session: &mut Session,
+        settlement: &Settlement,
+    ) -> Result<Written, sqlx::Error> {
+        let ids: Vec<i64> = settlement.ids().collect();
+        let query = session.query(&self.statements.locked).bind(ids);
+        let rows = query.fetch_all(session.connection()).await?;
+        let locked = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
+        let marked = self.run_settle(session, &settlement.without(&locked)).await?;
+        Ok(Written { marked, locked })
+    }
+
     async fn mark_delivered(
         &self,
         session: &mut Session,
@@ -117,55 +132,62 @@ impl PostgresStore {
         let marked = query.execute(session.connection()).await?.rows_affected();
         // Others may have marked some, or removed them.
         if marked < ids.len() as u64 {
-            self.expect_none_unmarked(session, &ids, &message_ids).await?;
+            let query = session.query(&self.statements.unmarked).bind(&ids).bind(&message_ids);
+            expect_none_unmarked(&query.fetch_one(session.connection()).await?, ids.len())?;
         }
         Ok(marked)
     }
 
-    /// Rows that stay pending whatever is written would be sent again and again.
-    async fn expect_none_unmarked(
-        &self,
-        session: &mut Session,
-        ids: &[i64],
-        message_ids: &[Uuid],
-    ) -> Result<(), sqlx::Error> {
-        let query = session.query(&self.statements.unmarked).bind(ids).bind(message_ids);
-        let unmarked: i64 = query.fetch_one(session.connection()).await?.try_get(0)?;
-        if unmarked == 0 {
-            return Ok(());
-        }
-        let sentence = format!(
-            "{unmarked} of {} marks did not reach their rows; look for a trigger, a rule or row-level security on the outbox that keeps this login from changing them",
-            ids.len()
-        );
-        Err(sqlx::Error::Configuration(sentence.into()))
-    }
-
     async fn mark_waiting(&self, session: &mut Session, settlement: &Settlement) -> Result<(), sqlx::Error> {
         let rows = &settlement.waiting;
+        let refused = Refused::of(rows.iter().map(|row| (row.id, row.attempts, row.lease, row.message_id)));
         let query = session
             .query(&self.statements.mark_waiting)
-            .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
+            .bind(&refused.ids)
+            .bind(&refused.attempts)
             .bind(rows.iter().map(|row| row.wait.as_secs_f64() * 1000.0).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.message_id).collect::<Vec<_>>());
-        query.execute(session.connection()).await.map(drop)
+            .bind(&refused.shards)
+            .bind(&refused.epochs)
+            .bind(&refused.message_ids);
+        let marked = query.execute(session.connection()).await?.rows_affected();
+        self.expect_no_unmarked_refusal(session, &refused, marked).await
     }
 
     async fn mark_dead(&self, session: &mut Session, settlement: &Settlement) -> Result<u64, sqlx::Error> {
         let rows = &settlement.dead;
+        let refused = Refused::of(rows.iter().map(|row| (row.id, row.attempts, row.lease, row.message_id)));
         let query = session
             .query(&self.statements.mark_dead)
-            .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| attempts(row.attempts)).collect::<Vec<_>>())
+            .bind(&refused.ids)
+            .bind(&refused.attempts)
             .bind(rows.iter().map(|row| storable(&row.reason)).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.shard as i32).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.lease.epoch).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.message_id).collect::<Vec<_>>());
-        Ok(query.execute(session.connection()).await?.rows_affected())
+            .bind(&refused.shards)
+            .bind(&refused.epochs)
+            .bind(&refused.message_ids);
+        let marked = query.execute(session.connection()).await?.rows_affected();
+        self.expect_no_unmarked_refusal(session, &refused, marked).await?;
+        Ok(marked)
+    }
+
+    /// Of those that were not marked, the lease may be another's by now, or the message.
+    async fn expect_no_unmarked_refusal(
+        &self,
+        session: &mut Session,
+        refused: &Refused,
+        marked: u64,
+    ) -> Result<(), sqlx::Error> {
+        if marked == refused.ids.len() as u64 {
+            return Ok(());
+        }
+        let query = session
+            .query(&self.statements.unmarked_refusals)
+            .bind(&refused.ids)
+            .bind(&refused.attempts)
+            .bind(&refused.shards)
+            .bind(&refused.epochs)
+            .bind(&refused.message_ids);
+        expect_none_unmarked(&query.fetch_one(session.connection()).await?, refused.ids.len())
     }
 
     async fn run_probe(
@@ -322,12 +344,17 @@ impl Store for PostgresStore {
         self.reading.call(Unit::Statement, long_passed).await
     }
 
-    async fn settle(&self, settlement: &Settlement) -> Result<u64, StoreError> {
+    async fn settle(&self, settlement: &Settlement, passes_locks: bool) -> Result<Written, StoreError> {
+        if passes_locks {
+            let settle = async |session: &mut Session| self.run_settle_unlocked(session, settlement).await;
+            return self.settling.call(Unit::Transaction, settle).await;
+        }
         let kinds =
             [!settlement.delivered.is_empty(), !settlement.waiting.is_empty(), !settlement.dead.is_empty()];
         let unit =
             if kinds.iter().filter(|some| **some).count() > 1 { Unit::Transaction } else { Unit::Statement };
-        self.settling.call(unit, async |session| self.run_settle(session, settlement).await).await
+        let settle = async |session: &mut Session| self.run_settle(session, settlement).await;
+        Ok(Written { marked: self.settling.call(unit, settle).await?, locked: Vec::new() })
     }
 
     async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {
@@ -338,6 +365,42 @@ impl Store for PostgresStore {
     async fn census(&self) -> Result<Census, StoreError> {
         self.counting.call(Unit::Statement, async |session| self.run_census(session).await).await
     }
+}
+
+/// What refused rows are found by, a list for each parameter.
+#[derive(Default)]
+struct Refused {
+    ids: Vec<i64>,
+    attempts: Vec<i32>,
+    shards: Vec<i32>,
+    epochs: Vec<i64>,
+    message_ids: Vec<Uuid>,
+}
+
+impl Refused {
+    fn of(rows: impl Iterator<Item = (i64, u32, Lease, Uuid)>) -> Self {
+        let mut refused = Self::default();
+        for (id, count, lease, message_id) in rows {
+            refused.ids.push(id);
+            refused.attempts.push(attempts(count));
+            refused.shards.push(lease.shard as i32);
+            refused.epochs.push(lease.epoch);
+            refused.message_ids.push(message_id);
+        }
+        refused
+    }
+}
+
+/// Rows that stay as they are whatever is written would be sent again and again.
+fn expect_none_unmarked(count: &PgRow, of: usize) -> Result<(), sqlx::Error> {
+    let unmarked: i64 = count.try_get(0)?;
+    if unmarked == 0 {
+        return Ok(());
+    }
+    let sentence = format!(
+        "{unmarked} of {of} marks did not reach their rows; look for a trigger, a rule or row-level security on the outbox that keeps this login from changing them"
+    );
+    Err(sqlx::Error::Configuration(sentence.into()))
 }
 
 fn attempts(count: u32) -> i32 {

@@ -2,15 +2,18 @@
 //!
 //! Never cancelled: it ends when its input has ended and the last outcome is written. While the
 //! database is away it keeps what it has and tries on; its input fills up, places stay taken, and the
-//! stages before it wait. That is the back-pressure.
+//! stages before it wait. That is the back-pressure. Rows that cannot be written while others can wait apart (`left.rs`).
 //!
 //! A crash here costs the outcomes not yet committed: those rows are delivered once more.
 
+mod left;
+
+use self::left::{Left, Part};
 use super::{End, Fate, Outcome, Settled, hand_over, worth_a_statement};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::retry::Delays;
-use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting};
+use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting, Written};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -39,6 +42,7 @@ pub struct Settle<S> {
     enough: usize,
     /// Delivered rows stay in the table, so marking them makes new versions of them.
     keeps_delivered: bool,
+    left: Left,
     /// The grace period is over: a database that is away is waited for no longer.
     cut: CancellationToken,
     board: Arc<Board>,
@@ -81,29 +85,39 @@ impl<S: Store> Settle<S> {
         let Ends { input, output, store } = ends;
         let enough = worth_a_statement(settings.max_in_flight).min(BITE_ROWS);
         let keeps_delivered = settings.keeps_delivered();
-        Self { input, output, store, enough, keeps_delivered, cut, board, pulse, metrics }
+        let left = Left::default();
+        Self { input, output, store, enough, keeps_delivered, left, cut, board, pulse, metrics }
     }
 
     /// Writes outcomes until there are no more.
     pub async fn run(mut self) -> Result<(), Unwritten> {
         while let Some(outcomes) = self.gather().await {
             let mut bites = bites(outcomes, self.keeps_delivered).into_iter();
-            while let Some(outcomes) = bites.next() {
-                let settlement = settlement(&outcomes);
-                let marked = match self.write(&settlement).await {
-                    Ok(marked) => marked,
-                    Err(error) => return self.give_up(outcomes.into_iter().chain(bites.flatten()), error),
-                };
-                let certain = marked == (settlement.delivered.len() + settlement.dead.len()) as u64;
-                self.report(outcomes, certain).await;
+            let mut answered = false;
+            while let Some(bite) = bites.next() {
+                match self.write(bite).await {
+                    Ok(some) => answered |= some,
+                    Err((outcomes, error)) => {
+                        let unwritten = outcomes.into_iter().chain(bites.flatten()).collect();
+                        return self.give_up(unwritten, error).await;
+                    }
+                }
+            }
+            match self.left.rest() {
+                Some(error) => self.board.database_down(DatabaseUser::Settle, &error),
+                None if answered => self.board.database_up(DatabaseUser::Settle),
+                None => {}
             }
         }
-        Ok(())
+        match self.left.reason() {
+            Some(error) => self.give_up(Vec::new(), error).await,
+            None => Ok(()),
+        }
     }
 
     /// Waits for outcomes, then a little longer for more, as long as there are few. `None` when the input has ended.
     async fn gather(&mut self) -> Option<Vec<Outcome>> {
-        let mut outcomes = self.pulse.beat_during(self.input.recv()).await?;
+        let mut outcomes = self.first().await?;
         let deadline = tokio::time::Instant::now() + GATHER_TIME;
         while outcomes.len() < self.enough {
             match tokio::time::timeout_at(deadline, self.input.recv()).await {
@@ -111,51 +125,82 @@ impl<S: Store> Settle<S> {
                 Ok(None) | Err(_) => break,
             }
         }
+        outcomes.extend(self.left.take_due());
         Some(outcomes)
     }
 
+    /// The first that come; none when it is time for those that were left. After the input has ended these have until the
+    /// end of the grace period.
+    async fn first(&mut self) -> Option<Vec<Outcome>> {
+        let Some(due) = self.left.due() else { return self.pulse.beat_during(self.input.recv()).await };
+        let come = self.pulse.beat_during(tokio::time::timeout_at(due, self.input.recv())).await;
+        match come {
+            Ok(Some(outcomes)) => Some(outcomes),
+            Ok(None) => {
+                let until_due = self.pulse.beat_during(tokio::time::sleep_until(due));
+                self.cut.run_until_cancelled(until_due).await.map(|()| Vec::new())
+            }
+            Err(_) => Some(Vec::new()),
+        }
+    }
+
     /// Tells how many confirmed rows stay unmarked; none is no failure.
-    fn give_up(
-        &mut self,
-        unwritten: impl Iterator<Item = Outcome>,
-        error: StoreError,
-    ) -> Result<(), Unwritten> {
-        let come_since = std::iter::from_fn(|| self.input.try_recv().ok()).flatten();
-        let delivered = |outcome: &Outcome| matches!(outcome.end, End::Delivered { .. });
-        let rows = unwritten.chain(come_since).filter(delivered).count();
+    async fn give_up(mut self, unwritten: Vec<Outcome>, error: StoreError) -> Result<(), Unwritten> {
+        let delivered = |outcomes: &[Outcome]| {
+            outcomes.iter().filter(|outcome| matches!(outcome.end, End::Delivered { .. })).count()
+        };
+        let mut rows = delivered(&unwritten) + delivered(&self.left.take());
+        // Workers hand over the last answers, and end.
+        while let Some(outcomes) = self.input.recv().await {
+            rows += delivered(&outcomes);
+        }
         if rows == 0 { Ok(()) } else { Err(Unwritten { rows, reason: error.sentence }) }
     }
 
-    /// Writes, for as long as it takes; answers with how many rows were marked. Gives up only when the grace period is over.
-    async fn write(&self, settlement: &Settlement) -> Result<u64, StoreError> {
-        if settlement.is_empty() {
-            return Ok(0);
-        }
-        let mut delays = Delays::default();
-        loop {
+    /// Writes, for as long as it takes; answers with whether the database had a part in it. Gives up only when the grace
+    /// period is over, with what was not written.
+    async fn write(&mut self, outcomes: Vec<Outcome>) -> Result<bool, (Vec<Outcome>, StoreError)> {
+        let mut answered = false;
+        let (mut parts, mut rejections, mut delays) = (vec![Part::new(outcomes)], 0, Delays::default());
+        while let Some(part) = parts.pop() {
+            if part.settlement.is_empty() {
+                self.report(part, &Written::default()).await;
+                continue;
+            }
             let started = Instant::now();
-            let error = match self.pulse.beat_during(self.try_to_write(settlement)).await {
-                Ok(marked) => {
+            let error = match self.pulse.beat_during(self.try_to_write(&part.settlement)).await {
+                Ok(written) => {
                     self.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
-                    self.board.database_up(DatabaseUser::Settle);
-                    return Ok(marked);
+                    answered = true;
+                    self.report(part, &written).await;
+                    continue;
                 }
                 Err(error) => error,
             };
-            self.board.database_down(DatabaseUser::Settle, &error);
             if mutant!("forget-marks-on-error") {
-                return Ok(settlement.delivered.len() as u64);
+                let marked = part.settlement.marks();
+                self.report(part, &Written { marked, locked: Vec::new() }).await;
+                continue;
             }
+            if error.trouble == Trouble::Rejected && !mutant!("reject-together") {
+                rejections += 1;
+                self.left.reject(part, &error, rejections, &mut parts);
+                continue;
+            }
+            self.board.database_down(DatabaseUser::Settle, &error);
+            self.left.passes_locks |= error.trouble == Trouble::Contention && !mutant!("wait-for-locks");
+            parts.push(part);
             let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
             if self.cut.run_until_cancelled(pause).await.is_none() {
-                return Err(error);
+                return Err((parts.into_iter().flat_map(|part| part.outcomes).collect(), error));
             }
         }
+        Ok(answered)
     }
 
     /// One try. After the grace period it has a moment left, so that a database that answers still gets
     /// what was confirmed; abandoned, its outcome is unknown, which is safe: marks may be written twice.
-    async fn try_to_write(&self, settlement: &Settlement) -> Result<u64, StoreError> {
+    async fn try_to_write(&self, settlement: &Settlement) -> Result<Written, StoreError> {
         let out_of_time = async {
             self.cut.cancelled().await;
             tokio::time::sleep(LAST_WRITE).await;
@@ -163,7 +208,7 @@ impl<S: Store> Settle<S> {
         tokio::select! {
             biased;
             // 1. The answer.
-            result = self.store.settle(settlement) => result,
+            result = self.store.settle(settlement, self.left.passes_locks) => result,
             // 2. No time left to wait for it.
             () = out_of_time => Err(StoreError {
                 trouble: Trouble::Outage,
@@ -173,11 +218,20 @@ impl<S: Store> Settle<S> {
     }
 
     /// Counts what was committed and frees the places.
-    async fn report(&self, outcomes: Vec<Outcome>, certain: bool) {
+    async fn report(&mut self, part: Part, written: &Written) {
+        let certain = written.marked == part.settlement.marks();
+        if let Some(Dead { id, message_id, attempts, reason, .. }) = part.set_aside().filter(|_| certain) {
+            tracing::warn!(id, %message_id, attempts, reason, "row is dead: it can not be delivered");
+            self.metrics.dead.inc();
+        }
+        let outcomes = self.left.keep_locked(part.outcomes, &written.locked);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let settled = |Outcome { id, end, .. }| Settled { id, fate: self.count(end, certain, now) };
-        // Nobody takes it when poll has ended, which on a stop is as it should be.
-        hand_over(&self.output, outcomes.into_iter().map(settled).collect()).await;
+        let settled: Vec<Settled> = outcomes.into_iter().map(settled).collect();
+        if !settled.is_empty() {
+            // Nobody takes it when poll has ended, which on a stop is as it should be.
+            hand_over(&self.output, settled).await;
+        }
     }
 
     fn count(&self, end: End, certain: bool, now: Duration) -> Fate {
@@ -193,7 +247,7 @@ impl<S: Store> Settle<S> {
                 Fate::Dead { certain }
             }
             End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
-            End::Released => Fate::Released,
+            End::Released { .. } => Fate::Released,
             End::Fenced { key } => Fate::Fenced { key },
         }
     }
@@ -243,7 +297,7 @@ pub fn settlement(outcomes: &[Outcome]) -> Settlement {
                 wait: *wait,
                 reason: reason.clone(),
             }),
-            End::Released | End::Fenced { .. } => {}
+            End::Released { .. } | End::Fenced { .. } => {}
         }
     }
     settlement
@@ -256,8 +310,12 @@ mod tests {
     use uuid::Uuid;
 
     fn outcomes(ids: impl Iterator<Item = i64>) -> Vec<Outcome> {
-        let outcome =
-            |id| Outcome { id, message_id: Uuid::nil(), lease: Lease::default(), end: End::Released };
+        let outcome = |id| Outcome {
+            id,
+            message_id: Uuid::nil(),
+            lease: Lease::default(),
+            end: End::Released { key: None },
+        };
         ids.map(outcome).collect()
     }
 

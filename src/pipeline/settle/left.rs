@@ -1,0 +1,280 @@
+//! Rows that cannot be written while others can: somebody has them locked, or the database rejects what is written of them
+//! (a constraint, a trigger, a limit of an index). They keep their places and are tried again; all others go on.
+
+use super::settlement;
+use crate::mutants::mutant;
+use crate::pipeline::{End, Outcome};
+use crate::retry::Delays;
+use crate::store::{Dead, Settlement, StoreError, Trouble, Waiting};
+use std::collections::HashSet;
+use std::sync::Arc;
+use tokio::time::Instant;
+
+/// Statements that may fail in search of the rows that are rejected; each costs a connection. Enough for two among two
+/// thousand; where everything is rejected, it is not looked for.
+const REJECTIONS_MAX: u32 = 24;
+
+/// Outcomes that are written together, with what is written of them.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub outcomes: Vec<Outcome>,
+    pub settlement: Settlement,
+    /// A refused row whose wait was rejected: it is written as dead.
+    set_aside: bool,
+}
+
+impl Part {
+    pub(super) fn new(outcomes: Vec<Outcome>) -> Self {
+        Self { settlement: settlement(&outcomes), outcomes, set_aside: false }
+    }
+
+    /// The row that is dead because its wait was rejected.
+    pub(super) fn set_aside(&self) -> Option<&Dead> {
+        self.settlement.dead.first().filter(|_| self.set_aside)
+    }
+
+    /// A row that cannot wait must not be sent again and again. Its key is held by its worker as that of a row that waits, and
+    /// goes on like one.
+    fn into_death(self, error: &StoreError) -> Result<Self, Self> {
+        let waits = self.settlement.waiting.first().filter(|_| !self.set_aside);
+        let Some(&Waiting { id, message_id, lease, attempts, ref reason, .. }) = waits else {
+            return Err(self);
+        };
+        let reason = format!("{reason}; dead because its wait cannot be written: {}", error.sentence);
+        let dead = vec![Dead { id, message_id, lease, attempts, reason }];
+        Ok(Self { settlement: Settlement { dead, ..Settlement::default() }, set_aside: true, ..self })
+    }
+}
+
+/// Those rows, and when they are tried again.
+#[derive(Default)]
+pub(super) struct Left {
+    /// Each with the error that rejected it; none if it is locked, or behind one that is.
+    rows: Vec<(Outcome, Option<StoreError>)>,
+    due: Option<Instant>,
+    delays: Delays,
+    told: bool,
+    /// Somebody has locked rows, so others are not to be kept waiting for them.
+    pub passes_locks: bool,
+}
+
+impl Left {
+    /// When they are to be tried again; `None`: there are none.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// All of them, if it is time.
+    pub(super) fn take_due(&mut self) -> Vec<Outcome> {
+        if self.due.is_some_and(|due| due <= Instant::now()) { self.take() } else { Vec::new() }
+    }
+
+    /// All of them.
+    pub(super) fn take(&mut self) -> Vec<Outcome> {
+        self.due = None;
+        self.rows.drain(..).map(|(outcome, _)| outcome).collect()
+    }
+
+    /// Keeps what is locked, and what was given back behind a locked row of its key: in the table nothing holds that back yet,
+    /// so it would be read again at once. Returns the others.
+    pub(super) fn keep_locked(&mut self, outcomes: Vec<Outcome>, locked: &[i64]) -> Vec<Outcome> {
+        if locked.is_empty() && self.rows.is_empty() {
+            return outcomes;
+        }
+        let locked: HashSet<i64> = locked.iter().copied().collect();
+        let (kept, others): (Vec<Outcome>, Vec<Outcome>) =
+            outcomes.into_iter().partition(|outcome| locked.contains(&outcome.id));
+        self.rows.extend(kept.into_iter().map(|outcome| (outcome, None)));
+        let waiting: HashSet<Arc<str>> =
+            self.rows.iter().filter_map(|(outcome, _)| waits_of(outcome)).collect();
+        let behind = |outcome: &Outcome| {
+            let waits = matches!(&outcome.end, End::Released { key: Some(key) } if waiting.contains(key));
+            waits && !mutant!("read-behind-locks")
+        };
+        let (behind, others): (Vec<Outcome>, Vec<Outcome>) = others.into_iter().partition(behind);
+        self.rows.extend(behind.into_iter().map(|outcome| (outcome, None)));
+        others
+    }
+
+    /// What is to be tried instead of a part that was rejected: its halves; of a single row that was refused, its death. Else
+    /// the row is left.
+    pub(super) fn reject(&mut self, part: Part, error: &StoreError, rejections: u32, parts: &mut Vec<Part>) {
+        let searching = rejections <= REJECTIONS_MAX;
+        let left = match part.outcomes.len() {
+            2.. if searching => {
+                let mut first = part.outcomes;
+                let second = first.split_off(first.len() / 2);
+                parts.extend([Part::new(second), Part::new(first)]);
+                return;
+            }
+            1 => match part.into_death(error) {
+                Ok(dead) => return parts.push(dead),
+                Err(part) => part,
+            },
+            _ => part,
+        };
+        self.rows.extend(left.outcomes.into_iter().map(|outcome| (outcome, Some(error.clone()))));
+    }
+
+    /// After a round of writing: when those that are left are tried again. Answers with why some were rejected.
+    pub(super) fn rest(&mut self) -> Option<StoreError> {
+        let Some(reason) = self.reason() else {
+            if std::mem::take(&mut self.told) {
+                tracing::info!("all rows are marked that could not be marked with the others");
+            }
+            *self = Self::default();
+            return None;
+        };
+        if self.due.is_none() {
+            self.due = Some(Instant::now() + self.delays.next(&reason));
+        }
+        if !std::mem::replace(&mut self.told, true) {
+            let (rows, id) = (self.rows.len(), self.rows[0].0.id);
+            tracing::warn!(
+                rows,
+                id,
+                reason = reason.sentence,
+                "rows cannot be marked with the others; trying on"
+            );
+        }
+        Some(reason).filter(|reason| reason.trouble == Trouble::Rejected)
+    }
+
+    /// Why there are any.
+    pub(super) fn reason(&self) -> Option<StoreError> {
+        let rejected = self.rows.iter().filter(|(_, error)| error.is_some()).count();
+        let of_a_rejected = |(outcome, error): &(Outcome, Option<StoreError>)| {
+            let error = error.as_ref()?;
+            let sentence =
+                format!("{rejected} rows cannot be marked, id {} for one: {}", outcome.id, error.sentence);
+            Some(StoreError { trouble: error.trouble, sentence })
+        };
+        let locked = || StoreError {
+            trouble: Trouble::Contention,
+            sentence: "another transaction has them locked".to_owned(),
+        };
+        self.rows.first()?;
+        Some(self.rows.iter().find_map(of_a_rejected).unwrap_or_else(locked))
+    }
+}
+
+fn waits_of(outcome: &Outcome) -> Option<Arc<str>> {
+    match &outcome.end {
+        End::Wait { key, .. } => key.clone(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sink::Fault;
+    use crate::store::{Lease, Route};
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+    use uuid::Uuid;
+
+    fn outcome(id: i64, end: End) -> Outcome {
+        Outcome { id, message_id: Uuid::nil(), lease: Lease::default(), end }
+    }
+
+    fn delivered(id: i64) -> Outcome {
+        outcome(id, End::Delivered { created_at_micros: 0 })
+    }
+
+    fn wait(id: i64, key: &str) -> Outcome {
+        let route = Arc::new(Route { exchange: String::new(), routing_key: String::new() });
+        let (fault, wait) = (Fault::Unroutable, Duration::ZERO);
+        outcome(
+            id,
+            End::Wait {
+                key: Some(key.into()),
+                route,
+                fault,
+                attempts: 1,
+                wait,
+                reason: "refused".to_owned(),
+            },
+        )
+    }
+
+    fn released(id: i64, key: &str) -> Outcome {
+        outcome(id, End::Released { key: Some(key.into()) })
+    }
+
+    fn error() -> StoreError {
+        StoreError { trouble: Trouble::Rejected, sentence: "no".to_owned() }
+    }
+
+    /// Writes to a database that rejects whatever holds one of these; the ids that were written, and how often it failed.
+    fn write(left: &mut Left, outcomes: Vec<Outcome>, bad: impl Fn(&Part) -> bool) -> (BTreeSet<i64>, u32) {
+        let (mut parts, mut written, mut rejections) = (vec![Part::new(outcomes)], BTreeSet::new(), 0);
+        while let Some(part) = parts.pop() {
+            if bad(&part) {
+                rejections += 1;
+                left.reject(part, &error(), rejections, &mut parts);
+            } else {
+                written.extend(part.outcomes.iter().map(|outcome| outcome.id));
+            }
+        }
+        (written, rejections)
+    }
+
+    fn ids(left: &Left) -> Vec<i64> {
+        left.rows.iter().map(|(outcome, _)| outcome.id).collect()
+    }
+
+    #[test]
+    fn two_rows_that_are_rejected_are_found_among_two_thousand() {
+        for bad in [[0, 1], [999, 1000], [0, 1999], [3, 1234]] {
+            let mut left = Left::default();
+            let holds = |part: &Part| part.outcomes.iter().any(|outcome| bad.contains(&outcome.id));
+            let (written, rejections) = write(&mut left, (0..2000).map(delivered).collect(), holds);
+            assert_eq!((written.len(), ids(&left)), (1998, bad.to_vec()));
+            assert!(rejections <= REJECTIONS_MAX);
+            assert_eq!(left.rest().expect("told").trouble, Trouble::Rejected);
+            assert!(left.due().is_some());
+        }
+    }
+
+    #[test]
+    fn where_everything_is_rejected_it_is_not_looked_for() {
+        let mut left = Left::default();
+        let (written, rejections) = write(&mut left, (0..2000).map(delivered).collect(), |_| true);
+        assert!(written.is_empty());
+        assert!(rejections < 2 * REJECTIONS_MAX, "{rejections}");
+        let mut kept = ids(&left);
+        kept.sort_unstable();
+        assert_eq!(kept, (0..2000).collect::<Vec<_>>(), "none is lost");
+    }
+
+    /// Its key is held by the worker as that of a row that waits, so it must not become an end of another kind.
+    #[test]
+    fn a_wait_that_cannot_be_written_is_a_death() {
+        let mut left = Left::default();
+        let (mut dead, waits) = (Vec::new(), |part: &Part| !part.settlement.waiting.is_empty());
+        let mut parts = vec![Part::new(vec![delivered(1), wait(2, "k")])];
+        while let Some(part) = parts.pop() {
+            match waits(&part) {
+                true => left.reject(part, &error(), 1, &mut parts),
+                false => dead.extend(part.settlement.dead.iter().map(|dead| (dead.id, dead.reason.clone()))),
+            }
+        }
+        assert_eq!(dead, [(2, "refused; dead because its wait cannot be written: no".to_owned())]);
+        assert!(left.rest().is_none(), "nothing is left");
+    }
+
+    #[test]
+    fn what_is_locked_stays_and_what_is_behind_it() {
+        let mut left = Left::default();
+        let outcomes = vec![wait(1, "a"), released(2, "a"), released(3, "b"), delivered(4), delivered(5)];
+        let others = left.keep_locked(outcomes, &[1, 5]);
+        assert_eq!(others.iter().map(|outcome| outcome.id).collect::<Vec<_>>(), [3, 4]);
+        assert!(left.keep_locked(vec![released(6, "a")], &[]).is_empty(), "as long as it is locked");
+        assert!(left.rest().is_none(), "a lock is no trouble of the database");
+        assert!(left.due().is_some());
+        assert_eq!(left.take().iter().map(|outcome| outcome.id).collect::<Vec<_>>(), [1, 5, 2, 6]);
+        assert_eq!(left.keep_locked(vec![released(7, "a")], &[]).len(), 1);
+        assert!(left.rest().is_none() && left.due().is_none(), "all are written");
+    }
+}
