@@ -161,6 +161,8 @@ pub enum Fate {
         /// Whose fault it was.
         fault: Fault,
     },
+    /// Sent, and not marked yet: it keeps its place, but nothing else waits for it.
+    Aside,
     /// In the table as it was.
     Released,
     /// The same, and its key is held by its worker.

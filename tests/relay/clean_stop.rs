@@ -3,7 +3,7 @@
 
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
-use sqlx::Executor;
+use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -65,7 +65,7 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     let log = relay.log.clone();
     eventually("it is told", async || {
         let log = std::fs::read_to_string(&log).expect("log");
-        log.contains("error: the database was away until the end of the grace period: 100 confirmed rows are not marked")
+        log.contains("error: 100 confirmed rows could not be marked before the end of the grace period")
     })
     .await;
     assert_eq!(relay.ended().await.code(), Some(1));
@@ -75,6 +75,29 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     world.drained().await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { duplicates: 100, rewinds: true, ..Allowed::default() }).await;
+}
+
+/// A statement that waits for the lock when the time is over has locked rows itself, those before it; the others are marked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_locked_row_costs_few_others_their_marks_at_the_end() {
+    for (grace, lost) in [("1s", 7), ("8s", 1)] {
+        let world = World::new().await;
+        world.write(100, 10).await;
+        let mut other = world.db().await;
+        let mut transaction = other.begin().await.expect("begin");
+        transaction.execute("select from outbox where id = 7 for update").await.expect("lock");
+        let relay = world.relay(&[("OUTBOX_SHUTDOWN_GRACE", grace)]).await;
+        eventually("all are sent", async || world.queue_depth().await == 100).await;
+        let error = relay.stop().await.expect_err("one is not marked").to_string();
+        assert!(error.contains("rows could not be marked before the end of the grace period"), "{error}");
+        let marked = world.number("select count(*) from outbox where delivered_at is not null").await;
+        assert!((100 - lost..100).contains(&marked), "{marked} are marked");
+        transaction.rollback().await.expect("roll back");
+        let relay = world.relay(&[]).await;
+        world.drained().await;
+        relay.stop().await.expect("clean stop");
+        world.finish(Allowed { duplicates: lost as usize, rewinds: true, ..Allowed::default() }).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -89,18 +89,26 @@ async fn a_row_whose_mark_is_rejected_holds_up_no_other() {
     world.until(delivered, 98).await;
     eventually("not ready, with the reason", async || {
         let (status, reason) = relay.get("/readyz").await;
-        status == 503 && reason.contains("2 rows cannot be marked, id 5 for one: not this one")
+        status == 503 && reason.contains("2 rows cannot be marked, id 50 for one: not this one")
     })
     .await;
     world.write(100, 10).await;
     world.until(delivered, 198).await;
     assert_eq!(world.queue_depth().await, 200, "each was sent once");
+    // Nor do their shards stay where they are; who takes them over sends the rows again.
+    let second = world.relay(&[]).await;
+    for replica in [&relay, &second] {
+        eventually("shards are shared", async || replica.health().await.ownership.owned == 8).await;
+    }
+    world.write(100, 10).await;
+    world.until(delivered, 298).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
-    relay.ready().await;
-    assert_eq!(relay.metric("messages_total{result=\"delivered\"}").await, 200.0);
-    relay.stop().await.expect("clean stop");
-    world.finish(Allowed::default()).await;
+    for replica in [relay, second] {
+        replica.ready().await;
+        replica.stop().await.expect("clean stop");
+    }
+    world.finish(Allowed { duplicates: 2, rewinds: true, ..Allowed::default() }).await;
 }
 
 /// The time since a time that is none is an error to Postgres 14 to 16, and infinite to later ones.

@@ -130,6 +130,8 @@ struct InFlight {
     watched: Option<Arc<Route>>,
     /// What is settled was forgotten meanwhile, and with it what its mark is worth.
     forgotten: bool,
+    /// Its key and its shard no longer wait for it.
+    aside: bool,
 }
 
 impl<S: Store> Poll<S> {

@@ -210,7 +210,7 @@ impl<S: Store> Poll<S> {
         }
         self.shards.sent(row.lease);
         let (bytes, lease) = (row.bytes(), row.lease);
-        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false };
+        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false, aside: false };
         self.in_flight.insert(row.id, place);
         true
     }

@@ -29,14 +29,20 @@ impl<S: Store> Poll<S> {
 
     /// Frees the place of a settled row.
     async fn settle(&mut self, Settled { id, fate }: Settled) {
+        if matches!(fate, Fate::Aside) {
+            return self.set_aside(id).await;
+        }
         let Some(settled) = self.in_flight.remove(&id) else { return };
-        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched, forgotten } = settled;
+        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched, forgotten, aside } = settled;
         self.bytes_in_flight -= bytes;
-        self.shards.settled(lease);
-        if let Some(key) = &key_in_flight {
-            self.keys.settled(key);
+        if !aside {
+            self.shards.settled(lease);
+            if let Some(key) = &key_in_flight {
+                self.keys.settled(key);
+            }
         }
         match fate {
+            Fate::Aside => {}
             Fate::Delivered { certain } => {
                 // What was marked before a failover may be pending after it, or another row.
                 if !certain || forgotten {
@@ -75,10 +81,27 @@ impl<S: Store> Poll<S> {
             }
         }
         if let Some(key) = key_in_flight {
-            for worker in self.keys.take_resumed(&key) {
-                // The table holds the key back from here on.
-                self.resume(worker, Arc::clone(&key)).await;
-            }
+            self.resume_key(&key).await;
+        }
+    }
+
+    /// The row keeps its place and is not read again. Its shard can be given back, which costs a repeat, and its key goes on.
+    async fn set_aside(&mut self, id: i64) {
+        let Some(row) = self.in_flight.get_mut(&id) else { return };
+        if std::mem::replace(&mut row.aside, true) {
+            return;
+        }
+        self.shards.settled(row.lease);
+        if let Some(key) = row.key.clone() {
+            self.keys.settled(&key);
+            self.resume_key(&key).await;
+        }
+    }
+
+    async fn resume_key(&mut self, key: &Arc<str>) {
+        for worker in self.keys.take_resumed(key) {
+            // The table holds the key back from here on.
+            self.resume(worker, Arc::clone(key)).await;
         }
     }
 

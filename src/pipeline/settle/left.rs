@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 /// Statements that may fail in search of the rows that are rejected; each costs a connection. Enough for two among two
 /// thousand; where everything is rejected, it is not looked for.
-const REJECTIONS_MAX: u32 = 24;
+pub(super) const REJECTIONS_MAX: u32 = 24;
 
 /// Outcomes that are written together, with what is written of them.
 #[derive(Debug)]
@@ -46,53 +46,100 @@ impl Part {
     }
 }
 
-/// Those rows, and when they are tried again.
+/// Rows of one kind, and when they are tried again.
 #[derive(Default)]
-pub(super) struct Left {
-    /// Each with the error that rejected it; none if it is locked, or behind one that is.
-    rows: Vec<(Outcome, Option<StoreError>)>,
+struct Aside {
+    rows: Vec<Outcome>,
     due: Option<Instant>,
     delays: Delays,
+}
+
+impl Aside {
+    fn take(&mut self) -> Vec<Outcome> {
+        self.due = None;
+        std::mem::take(&mut self.rows)
+    }
+
+    fn take_due(&mut self) -> Vec<Outcome> {
+        if self.due.is_some_and(|due| due <= Instant::now()) { self.take() } else { Vec::new() }
+    }
+
+    /// After a round of writing, which may have taken them and put them back.
+    fn rest(&mut self, reason: Option<&StoreError>) {
+        match reason {
+            Some(reason) if self.due.is_none() => self.due = Some(Instant::now() + self.delays.next(reason)),
+            Some(_) => {}
+            None => *self = Self::default(),
+        }
+    }
+}
+
+/// Those rows.
+#[derive(Default)]
+pub(super) struct Left {
+    /// Somebody has locked them, or they are behind one that is.
+    locked: Aside,
+    /// The database rejects what is written of them, or of rows among them that were not found.
+    rejected: Aside,
+    /// Those of them that were found: to be written last, so that the search begins among the others.
+    rejected_alone: Vec<i64>,
+    /// The last row that was rejected, and why.
+    rejection: Option<(i64, StoreError)>,
+    /// Sent and not marked, which poll has not been told yet.
+    news: Vec<i64>,
     told: bool,
     /// Somebody has locked rows, so others are not to be kept waiting for them.
     pub passes_locks: bool,
 }
 
 impl Left {
-    /// When they are to be tried again; `None`: there are none.
+    /// When some are to be tried again; `None`: there are none.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.due
+        self.locked.due.into_iter().chain(self.rejected.due).min()
     }
 
-    /// All of them, if it is time.
+    /// Those for which it is time.
     pub(super) fn take_due(&mut self) -> Vec<Outcome> {
-        if self.due.is_some_and(|due| due <= Instant::now()) { self.take() } else { Vec::new() }
+        let (mut outcomes, mut rejected) = (self.locked.take_due(), self.rejected.take_due());
+        if !rejected.is_empty() {
+            let alone: HashSet<i64> = self.rejected_alone.drain(..).collect();
+            rejected.sort_by_key(|outcome| alone.contains(&outcome.id));
+        }
+        outcomes.append(&mut rejected);
+        outcomes
     }
 
     /// All of them.
     pub(super) fn take(&mut self) -> Vec<Outcome> {
-        self.due = None;
-        self.rows.drain(..).map(|(outcome, _)| outcome).collect()
+        let mut outcomes = self.locked.take();
+        outcomes.extend(self.rejected.take());
+        outcomes
+    }
+
+    /// Rows that have come to stand aside: sent, so their keys and shards need not wait for their marks.
+    pub(super) fn take_news(&mut self) -> Vec<i64> {
+        std::mem::take(&mut self.news)
     }
 
     /// Keeps what is locked, and what was given back behind a locked row of its key: in the table nothing holds that back yet,
     /// so it would be read again at once. Returns the others.
     pub(super) fn keep_locked(&mut self, outcomes: Vec<Outcome>, locked: &[i64]) -> Vec<Outcome> {
-        if locked.is_empty() && self.rows.is_empty() {
+        if locked.is_empty() && self.is_empty() {
             return outcomes;
         }
         let locked: HashSet<i64> = locked.iter().copied().collect();
         let (kept, others): (Vec<Outcome>, Vec<Outcome>) =
             outcomes.into_iter().partition(|outcome| locked.contains(&outcome.id));
-        self.rows.extend(kept.into_iter().map(|outcome| (outcome, None)));
-        let waiting: HashSet<Arc<str>> =
-            self.rows.iter().filter_map(|(outcome, _)| waits_of(outcome)).collect();
+        self.news.extend(kept.iter().filter(|outcome| is_sent(outcome)).map(|outcome| outcome.id));
+        self.locked.rows.extend(kept);
+        let all = self.locked.rows.iter().chain(&self.rejected.rows);
+        let waiting: HashSet<Arc<str>> = all.filter_map(waits_of).collect();
         let behind = |outcome: &Outcome| {
             let waits = matches!(&outcome.end, End::Released { key: Some(key) } if waiting.contains(key));
             waits && !mutant!("read-behind-locks")
         };
         let (behind, others): (Vec<Outcome>, Vec<Outcome>) = others.into_iter().partition(behind);
-        self.rows.extend(behind.into_iter().map(|outcome| (outcome, None)));
+        self.locked.rows.extend(behind);
         others
     }
 
@@ -113,49 +160,60 @@ impl Left {
             },
             _ => part,
         };
-        self.rows.extend(left.outcomes.into_iter().map(|outcome| (outcome, Some(error.clone()))));
+        if let [outcome] = &left.outcomes[..] {
+            self.rejected_alone.push(outcome.id);
+        }
+        let id = left.outcomes.first().map_or(0, |outcome| outcome.id);
+        self.rejection = Some((id, error.clone()));
+        self.news.extend(left.outcomes.iter().filter(|outcome| is_sent(outcome)).map(|outcome| outcome.id));
+        self.rejected.rows.extend(left.outcomes);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.locked.rows.is_empty() && self.rejected.rows.is_empty()
     }
 
     /// After a round of writing: when those that are left are tried again. Answers with why some were rejected.
     pub(super) fn rest(&mut self) -> Option<StoreError> {
-        let Some(reason) = self.reason() else {
-            if std::mem::take(&mut self.told) {
-                tracing::info!("all rows are marked that could not be marked with the others");
-            }
-            *self = Self::default();
-            return None;
-        };
-        if self.due.is_none() {
-            self.due = Some(Instant::now() + self.delays.next(&reason));
+        let (locked, rejected) = (self.why_locked(), self.why_rejected());
+        self.locked.rest(locked.as_ref());
+        self.rejected.rest(rejected.as_ref());
+        self.passes_locks &= locked.is_some();
+        let (was_told, some) = (self.told, !self.is_empty());
+        self.told = some;
+        if was_told && !some {
+            tracing::info!("all rows are marked that could not be marked with the others");
         }
-        if !std::mem::replace(&mut self.told, true) {
-            let (rows, id) = (self.rows.len(), self.rows[0].0.id);
-            tracing::warn!(
-                rows,
-                id,
-                reason = reason.sentence,
-                "rows cannot be marked with the others; trying on"
-            );
+        if let Some(reason) = rejected.as_ref().or(locked.as_ref()).filter(|_| !was_told) {
+            tracing::warn!(reason = reason.sentence, "rows cannot be marked with the others; trying on");
         }
-        Some(reason).filter(|reason| reason.trouble == Trouble::Rejected)
+        rejected
     }
 
     /// Why there are any.
     pub(super) fn reason(&self) -> Option<StoreError> {
-        let rejected = self.rows.iter().filter(|(_, error)| error.is_some()).count();
-        let of_a_rejected = |(outcome, error): &(Outcome, Option<StoreError>)| {
-            let error = error.as_ref()?;
-            let sentence =
-                format!("{rejected} rows cannot be marked, id {} for one: {}", outcome.id, error.sentence);
-            Some(StoreError { trouble: error.trouble, sentence })
-        };
-        let locked = || StoreError {
-            trouble: Trouble::Contention,
-            sentence: "another transaction has them locked".to_owned(),
-        };
-        self.rows.first()?;
-        Some(self.rows.iter().find_map(of_a_rejected).unwrap_or_else(locked))
+        self.why_rejected().or_else(|| self.why_locked())
     }
+
+    fn why_locked(&self) -> Option<StoreError> {
+        let id = self.locked.rows.first()?.id;
+        let sentence = format!(
+            "{} rows cannot be marked, id {id} for one: another transaction has it locked",
+            self.locked.rows.len()
+        );
+        Some(StoreError { trouble: Trouble::Contention, sentence })
+    }
+
+    fn why_rejected(&self) -> Option<StoreError> {
+        let (id, error) = self.rejection.as_ref().filter(|_| !self.rejected.rows.is_empty())?;
+        let rows = self.rejected.rows.len();
+        let sentence = format!("{rows} rows cannot be marked, id {id} for one: {}", error.sentence);
+        Some(StoreError { trouble: error.trouble, sentence })
+    }
+}
+
+fn is_sent(outcome: &Outcome) -> bool {
+    matches!(outcome.end, End::Delivered { .. } | End::Dead { .. })
 }
 
 fn waits_of(outcome: &Outcome) -> Option<Arc<str>> {
@@ -221,7 +279,7 @@ mod tests {
     }
 
     fn ids(left: &Left) -> Vec<i64> {
-        left.rows.iter().map(|(outcome, _)| outcome.id).collect()
+        left.locked.rows.iter().chain(&left.rejected.rows).map(|outcome| outcome.id).collect()
     }
 
     #[test]
@@ -235,6 +293,22 @@ mod tests {
             assert_eq!(left.rest().expect("told").trouble, Trouble::Rejected);
             assert!(left.due().is_some());
         }
+    }
+
+    /// Those that were found are not in the way of those that were not.
+    #[test]
+    fn however_many_are_rejected_the_others_are_written_in_the_end() {
+        let (mut left, mut outcomes) = (Left::default(), (0..2000).map(delivered).collect::<Vec<_>>());
+        let is_bad = |id: i64| id % 50 == 7;
+        let mut written = 0;
+        for _ in 0..30 {
+            let holds = |part: &Part| part.outcomes.iter().any(|outcome| is_bad(outcome.id));
+            written += write(&mut left, outcomes, holds).0.len();
+            left.rest();
+            left.rejected.due = Some(Instant::now());
+            outcomes = left.take_due();
+        }
+        assert_eq!((written, outcomes.len()), (1960, 40));
     }
 
     #[test]
@@ -273,6 +347,7 @@ mod tests {
         assert!(left.keep_locked(vec![released(6, "a")], &[]).is_empty(), "as long as it is locked");
         assert!(left.rest().is_none(), "a lock is no trouble of the database");
         assert!(left.due().is_some());
+        assert_eq!(left.take_news(), [5], "sent; the other is to be sent again");
         assert_eq!(left.take().iter().map(|outcome| outcome.id).collect::<Vec<_>>(), [1, 5, 2, 6]);
         assert_eq!(left.keep_locked(vec![released(7, "a")], &[]).len(), 1);
         assert!(left.rest().is_none() && left.due().is_none(), "all are written");

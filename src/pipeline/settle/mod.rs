@@ -8,7 +8,7 @@
 
 mod left;
 
-use self::left::{Left, Part};
+use self::left::{Left, Part, REJECTIONS_MAX};
 use super::{End, Fate, Outcome, Settled, hand_over, worth_a_statement};
 use crate::config::Settings;
 use crate::mutants::mutant;
@@ -63,7 +63,7 @@ pub struct Ends<S> {
 /// What settle could not write before it had to go.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the database was away until the end of the grace period: {rows} confirmed rows are not marked and will be sent again ({reason})"
+    "{rows} confirmed rows could not be marked before the end of the grace period and will be sent again ({reason})"
 )]
 pub struct Unwritten {
     /// Rows confirmed by the broker and not marked.
@@ -102,6 +102,11 @@ impl<S: Store> Settle<S> {
                         return self.give_up(unwritten, error).await;
                     }
                 }
+            }
+            let aside = self.left.take_news();
+            if !aside.is_empty() {
+                let settled = aside.into_iter().map(|id| Settled { id, fate: Fate::Aside }).collect();
+                hand_over(&self.output, settled).await;
             }
             match self.left.rest() {
                 Some(error) => self.board.database_down(DatabaseUser::Settle, &error),
@@ -183,13 +188,20 @@ impl<S: Store> Settle<S> {
                 continue;
             }
             if error.trouble == Trouble::Rejected && !mutant!("reject-together") {
-                rejections += 1;
+                // After the end of the grace period nothing is searched for.
+                rejections += if self.cut.is_cancelled() { REJECTIONS_MAX + 1 } else { 1 };
                 self.left.reject(part, &error, rejections, &mut parts);
                 continue;
             }
             self.board.database_down(DatabaseUser::Settle, &error);
-            self.left.passes_locks |= error.trouble == Trouble::Contention && !mutant!("wait-for-locks");
+            let passed_locks = self.left.passes_locks;
+            let may_be_a_lock = error.trouble == Trouble::Contention || self.cut.is_cancelled();
+            self.left.passes_locks |= may_be_a_lock && !mutant!("wait-for-locks");
             parts.push(part);
+            if self.cut.is_cancelled() && self.left.passes_locks && !passed_locks {
+                // One more, so that a locked row does not cost the others their marks.
+                continue;
+            }
             let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
             if self.cut.run_until_cancelled(pause).await.is_none() {
                 return Err((parts.into_iter().flat_map(|part| part.outcomes).collect(), error));

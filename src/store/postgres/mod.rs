@@ -108,7 +108,11 @@ impl PostgresStore {
         settlement: &Settlement,
     ) -> Result<Written, sqlx::Error> {
         let ids: Vec<i64> = settlement.ids().collect();
-        let query = session.query(&self.statements.locked).bind(ids);
+        let statement = match self.keep_delivered {
+            true => &self.statements.locked_to_mark,
+            false => &self.statements.locked_to_delete,
+        };
+        let query = session.query(statement).bind(ids);
         let rows = query.fetch_all(session.connection()).await?;
         let locked = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
         let marked = self.run_settle(session, &settlement.without(&locked)).await?;

@@ -245,9 +245,9 @@ impl Lane {
         unit: Unit,
         work: impl AsyncFnOnce(&mut Session) -> Result<T, sqlx::Error>,
     ) -> Result<T, StoreError> {
-        self.table.migrate().await?;
+        self.table.migrate().await.map_err(of_no_row)?;
         let mut session = match tokio::time::timeout(limit.max(OPEN_LIMIT_MIN), self.session()).await {
-            Ok(session) => session?,
+            Ok(session) => session.map_err(of_no_row)?,
             Err(_) => return Err(silent(limit)),
         };
         let value = within(limit, session.run(unit, work)).await?;
@@ -275,6 +275,14 @@ pub(super) async fn within<T>(
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(classify(&error)),
         Err(_) => Err(silent(limit)),
+    }
+}
+
+/// Whatever the way to the table rejects, it is not what the call writes.
+fn of_no_row(error: StoreError) -> StoreError {
+    match error.trouble {
+        Trouble::Rejected => StoreError { trouble: Trouble::Configuration, ..error },
+        _ => error,
     }
 }
 

@@ -21,7 +21,8 @@ pub(super) struct Statements {
     pub delete_delivered: SqlStr,
     pub unmarked: SqlStr,
     pub unmarked_refusals: SqlStr,
-    pub locked: SqlStr,
+    pub locked_to_mark: SqlStr,
+    pub locked_to_delete: SqlStr,
     pub mark_waiting: SqlStr,
     pub mark_dead: SqlStr,
     pub purge: SqlStr,
@@ -39,6 +40,7 @@ impl Statements {
             let text = text.replace("{quota}", include_str!("../sql/quota.sql").trim());
             prepare(&text.replace("{me}", "$1::uuid").replace("{shards}", "$2::int"))
         };
+        let locked = |lock: &str| prepare(&include_str!("../sql/locked.sql").replace("{lock}", lock));
         let renew = include_str!("../sql/renew_leases.sql");
         let renew = renew.replace("{look}", include_str!("../sql/look_at_leases.sql").trim());
         let renew = renew.replace("{quota}", include_str!("../sql/quota.sql").trim());
@@ -54,7 +56,8 @@ impl Statements {
             delete_delivered: prepare(include_str!("../sql/delete_delivered.sql")),
             unmarked: prepare(include_str!("../sql/unmarked.sql")),
             unmarked_refusals: prepare(include_str!("../sql/unmarked_refusals.sql")),
-            locked: prepare(include_str!("../sql/locked.sql")),
+            locked_to_mark: locked("no key update"),
+            locked_to_delete: locked("update"),
             mark_waiting: prepare(include_str!("../sql/mark_waiting.sql")),
             mark_dead: prepare(include_str!("../sql/mark_dead.sql")),
             purge: prepare(include_str!("../sql/purge.sql")),
