@@ -5,7 +5,7 @@ use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
 use anyhow::{Result, ensure};
-use sqlx::{Connection, Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use std::time::{Duration, Instant};
 
 /// Between two looks at the relays, each of which costs them a little: rarely as long as much is left, and often at the end.
@@ -36,8 +36,16 @@ pub struct Done {
     pub servers: ServersCpu,
     /// What Postgres has counted.
     pub counted: Counted,
-    /// Postgres's processor time of a vacuum afterwards, in seconds: it is off while a drain is measured.
-    pub vacuum_cpu: f64,
+    /// A vacuum afterwards: it is off while a drain is measured.
+    pub vacuum: Vacuum,
+}
+
+/// What a vacuum has taken.
+pub struct Vacuum {
+    /// Of Postgres, in seconds.
+    pub cpu: f64,
+    /// Of the write-ahead log.
+    pub wal_bytes: f64,
 }
 
 impl<'a> Backlog<'a> {
@@ -82,9 +90,12 @@ impl<'a> Backlog<'a> {
             tokio::time::sleep(SETTLED).await;
         }
         let first = if self.drain.running { FIRST } else { 0 };
-        self.fill(self.drain.rows - first).await?;
+        let mut writer = self.fill_uncommitted(self.drain.rows - first).await?;
+        stand.rest().await;
         let (counted, servers, cpu) = (self.place.counted().await?, stand.cpu(), cpu_seconds(&relays)?);
+        // Before the commit, from which on a relay that runs may read.
         let begun = Instant::now();
+        writer.execute("commit").await?;
         if relays.is_empty() {
             relays = self.start().await?;
         }
@@ -98,16 +109,29 @@ impl<'a> Backlog<'a> {
             relay.stop().await?;
         }
         self.nothing_is_left().await?;
-        let (mut db, before) = (self.place.db().await?, stand.cpu());
-        db.execute("vacuum outbox").await?;
-        // Before its backend ends, whose time would be nowhere for a moment.
-        let vacuum_cpu = stand.cpu().since(before).database;
-        db.close().await?;
-        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted, vacuum_cpu })
+        writer.close().await?;
+        let vacuum = self.vacuum().await?;
+        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted, vacuum })
     }
 
-    /// So many rows, with statistics of them, in one transaction.
+    async fn vacuum(&self) -> Result<Vacuum> {
+        let stand = self.place.stand;
+        let (counted, mut db, before) = (self.place.counted().await?, self.place.db().await?, stand.cpu());
+        db.execute("vacuum outbox").await?;
+        // Before its backend ends, whose time would be nowhere for a moment.
+        let cpu = stand.cpu().since(before).database;
+        db.close().await?;
+        Ok(Vacuum { cpu, wal_bytes: self.place.counted().await?.since(counted).wal_bytes() })
+    }
+
     async fn fill(&self, rows: usize) -> Result<()> {
+        let mut writer = self.fill_uncommitted(rows).await?;
+        writer.execute("commit").await?;
+        Ok(writer.close().await?)
+    }
+
+    /// So many rows, with statistics of them, in a transaction that is still open.
+    async fn fill_uncommitted(&self, rows: usize) -> Result<PgConnection> {
         let bytes = self.drain.bytes;
         let object = format!("json_build_object('x', repeat('x', {}))", bytes.saturating_sub(9));
         let payload = match self.drain.payload {
@@ -118,15 +142,18 @@ impl<'a> Backlog<'a> {
         };
         let key = match self.drain.keys {
             Keys::Many(keys) => format!("'key ' || i % {keys}"),
+            Keys::Drawn(keys) => format!("'key ' || floor(random() * {keys})"),
             Keys::None => "null".to_owned(),
         };
-        self.place
-            .sql(&format!(
-                "insert into outbox (routing_key, ordering_key, payload)
-                 select 'bench', {key}, {payload} from generate_series(1, {rows}) as i;
-                 analyze outbox"
-            ))
-            .await
+        let mut writer = self.place.db().await?;
+        let sql = format!(
+            "begin;
+             insert into outbox (routing_key, ordering_key, payload)
+             select 'bench', {key}, {payload} from generate_series(1, {rows}) as i;
+             analyze outbox"
+        );
+        writer.execute(AssertSqlSafe(sql)).await?;
+        Ok(writer)
     }
 
     async fn start(&self) -> Result<Vec<Relay>> {

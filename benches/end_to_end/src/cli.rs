@@ -41,7 +41,7 @@ pub fn command() -> Command {
         .about("Measures the relay between real servers of its own, as a ratio to what the broker alone can take")
         .after_help(
             "Each measure is taken several times, and each drain in turns with a raw publisher (persistent, mandatory\n\
-             messages with confirms, no database; the best of three shapes). Claim ratios, not rates: rates are the\n\
+             messages with confirms, no database; the best of six shapes). Claim ratios, not rates: rates are the\n\
              machine's.\n\n\
              Exit codes: 0 measured, 1 failed, 2 wrong usage. A goal that is missed is told, and is no failure.",
         )
@@ -53,7 +53,7 @@ pub fn command() -> Command {
                 .help("Only these measures, separated by commas; see --list"),
         )
         .arg(flag("quick", "A few measures with few rows, once: shows that all works, and claims nothing"))
-        .arg(flag("all", "Long measures too"))
+        .arg(flag("all", "Long measures too").conflicts_with("quick"))
         .arg(
             Arg::new("rounds")
                 .long("rounds")
@@ -61,7 +61,7 @@ pub fn command() -> Command {
                 .value_parser(value_parser!(u64).range(1..=100))
                 .help("How often each measure is taken [default: 3; quick and long ones: 1]"),
         )
-        .arg(path("save", "DIR", "Write the table, the raw data and a plot here too, after each measure"))
+        .arg(path("save", "DIR", "Where to keep the table, the raw data and a plot, written after each measure [default: the folder 'last' in --dir, of which only the last run is kept]"))
         .arg(flag("list", "Show all measures, and end"))
         .arg(path("relay", "PATH", "The outbox-relay to measure").default_value("target/release/outbox-relay"))
         .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
@@ -78,7 +78,7 @@ fn raw() -> Command {
         .hide(true)
         .about("Publishes to an exchange as fast as it can")
         .args([text("amqp-url"), text("exchange")])
-        .args(["messages", "bytes", "channels", "window"].map(number))
+        .args(["messages", "bytes", "connections", "channels", "window"].map(number))
 }
 
 /// The options, or one sentence that says what is wrong.

@@ -1,44 +1,30 @@
 //! A backlog is drained, beside the raw publisher, and beside a fresh table if it has a past.
 
 use crate::backlog::{Backlog, Done};
+use crate::ceiling::{self, Ceilings, Raw};
 use crate::distance;
-use crate::measures::{AGAINST_FRESH, Against, Drain, Past};
-use crate::raw::{self, SHAPES, Shape};
+use crate::measures::{AGAINST_FRESH, Drain, Past};
+use crate::raw::Shape;
 use crate::run::Sample;
-use crate::stand::{Cores, NAME, Stand};
+use crate::stand::{Cores, Stand};
 use crate::stats::Spread;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use lapin::options::BasicQosOptions;
 use lapin::{Connection, ConnectionProperties};
-use std::process::Stdio;
 use std::time::Instant;
-use tokio::process::Command;
-
-/// A raw publisher need not send more than this to show whether it is the best.
-const TRIAL_MESSAGES: usize = 100_000;
 
 /// The same measure, round by round.
 pub struct Drained<'a> {
     stand: &'a Stand,
     name: &'static str,
     drain: Drain,
-    /// The raw publisher it is compared with, once that is known.
-    raw: Option<Shape>,
-}
-
-/// What a raw publisher says of itself.
-#[derive(Debug, Clone, Copy)]
-struct Raw {
-    shape: Shape,
-    rate: f64,
-    cpu_per_100k: f64,
-    broker_cpu_per_100k: f64,
+    ceilings: &'a mut Ceilings,
 }
 
 impl<'a> Drained<'a> {
     /// Nothing is made yet: each round makes its own tables.
-    pub fn new(stand: &'a Stand, name: &'static str, drain: Drain) -> Self {
-        Self { stand, name, drain, raw: None }
+    pub fn new(stand: &'a Stand, name: &'static str, drain: Drain, ceilings: &'a mut Ceilings) -> Self {
+        Self { stand, name, drain, ceilings }
     }
 
     /// One round: raw and the relay, by turns one of them first.
@@ -56,7 +42,7 @@ impl<'a> Drained<'a> {
     }
 
     async fn round_by_turns(&mut self, round: usize) -> Result<Sample> {
-        let shape = self.shape().await?;
+        let shape = self.ceilings.shape(self.stand, &self.drain).await?;
         let raw_first = round % 2 == 1;
         let mut raw = self.raw_if(shape.filter(|_| raw_first)).await?;
         let (drained, fresh) = self.relay(round).await?;
@@ -72,16 +58,17 @@ impl<'a> Drained<'a> {
     }
 
     fn figures(&self, done: &Done, raw: Option<&Raw>) -> Sample {
-        let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum_cpu } = done;
+        let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum } = done;
         let per_100k = 1e5 / self.drain.rows as f64;
         let mut sample = vec![
             ("rate", "rows/s", *rate),
             ("CPU per 100 000 rows", "s", cpu * per_100k),
             ("Postgres's CPU per 100 000", "s", servers.database * per_100k),
-            ("Postgres's CPU per 100 000, vacuum afterwards", "s", vacuum_cpu * per_100k),
+            ("Postgres's CPU per 100 000, vacuum afterwards", "s", vacuum.cpu * per_100k),
             ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
             ("peak RSS", "MiB", *peak_rss_mib),
             ("WAL per row", "B", counted.wal_bytes() / self.drain.rows as f64),
+            ("WAL per row, vacuum afterwards", "B", vacuum.wal_bytes / self.drain.rows as f64),
             ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
         ];
         if let Some(raw) = raw {
@@ -90,7 +77,8 @@ impl<'a> Drained<'a> {
                 ("raw rate", "messages/s", raw.rate),
                 ("raw CPU per 100 000", "s", raw.cpu_per_100k),
                 ("RabbitMQ's CPU per 100 000, raw", "s", raw.broker_cpu_per_100k),
-                ("raw channels", "", raw.shape.channels as f64),
+                ("raw connections", "", raw.shape.connections as f64),
+                ("raw channels of each", "", raw.shape.channels as f64),
                 ("raw window of each", "messages", raw.shape.window as f64),
             ]);
         }
@@ -115,31 +103,9 @@ impl<'a> Drained<'a> {
         }
     }
 
-    /// The raw publisher of all rounds: the best of three is found by a trial, and then measured anew, since the best of
-    /// some figures that waver is not what it can.
-    async fn shape(&mut self) -> Result<Option<Shape>> {
-        if self.raw.is_none() {
-            self.raw = match self.drain.against {
-                Against::Nothing => None,
-                Against::Shape(shape) => Some(shape),
-                Against::Best => Some(self.best_shape().await?),
-            };
-        }
-        Ok(self.raw)
-    }
-
-    async fn best_shape(&self) -> Result<Shape> {
-        let mut best: Option<Raw> = None;
-        for shape in SHAPES {
-            let raw = self.raw(shape, self.drain.rows.min(TRIAL_MESSAGES)).await?;
-            best = best.filter(|best| best.rate >= raw.rate).or(Some(raw));
-        }
-        best.map(|best| best.shape).context("no shapes")
-    }
-
     async fn raw_if(&self, shape: Option<Shape>) -> Result<Option<Raw>> {
         let Some(shape) = shape else { return Ok(None) };
-        Ok(Some(self.raw(shape, self.drain.rows).await?))
+        Ok(Some(ceiling::publish(self.stand, &self.drain, shape, self.drain.rows).await?))
     }
 
     /// What a way there and back takes over the proxy: the middle of some.
@@ -156,31 +122,5 @@ impl<'a> Drained<'a> {
         }
         connection.close(200, "done".into()).await?;
         Ok(Spread::of(took).context("no calls")?.median)
-    }
-
-    async fn raw(&self, shape: Shape, messages: usize) -> Result<Raw> {
-        let stand = self.stand;
-        stand.fresh_queue(self.drain.queue).await?;
-        let url = distance::amqp_url(stand, self.drain.round_trip).await?;
-        let servers = stand.cpu();
-        let output = Command::new(std::env::current_exe()?)
-            .args(["raw", "--amqp-url", &url, "--exchange", NAME])
-            .args(["--messages", &messages.to_string(), "--bytes", &self.drain.bytes.to_string()])
-            .args(["--channels", &shape.channels.to_string(), "--window", &shape.window.to_string()])
-            .stdin(Stdio::null())
-            .output()
-            .await?;
-        ensure!(output.status.success(), "raw publisher: {}", String::from_utf8_lossy(&output.stderr).trim());
-        let servers = stand.cpu().since(servers);
-        let received = stand.take_all().await?;
-        ensure!(received >= messages as u64, "{received} of {messages} raw messages received");
-        let done: raw::Done = serde_json::from_slice(&output.stdout)?;
-        let messages = received as f64;
-        Ok(Raw {
-            shape,
-            rate: messages / done.seconds,
-            cpu_per_100k: done.cpu_seconds / messages * 1e5,
-            broker_cpu_per_100k: servers.broker / messages * 1e5,
-        })
     }
 }

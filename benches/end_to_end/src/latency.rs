@@ -79,12 +79,13 @@ pub async fn steady(
     for task in tasks {
         task.await??;
     }
+    let written = rows as f64 / begin.elapsed().as_secs_f64();
     tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
     // Postgres's part and the statements are the writers' too.
     let costs = meter.read(&place, &relay).await?;
     relay.stop().await?;
     place.leave().await?;
-    Ok([spans(&times, all)?, costs].concat())
+    Ok([spans(&times, all)?, vec![("rows written", "/s", written)], costs].concat())
 }
 
 /// One row after a silence, again and again.

@@ -10,10 +10,11 @@
 //!
 //! - [`measures`]: what is measured, as data
 //! - [`stand`], [`process`], [`distance`]: servers, processes and a network to measure on
-//! - [`raw`], [`drain`], [`latency`], [`cost`]: how
+//! - [`raw`], [`ceiling`], [`drain`], [`latency`], [`cost`]: how
 //! - [`stats`], [`report`], [`plot`]: what came of it
 
 mod backlog;
+mod ceiling;
 mod cli;
 mod cost;
 mod distance;

@@ -1,4 +1,4 @@
-//! The ceiling: persistent, mandatory messages with confirms from this process to the broker, and no database. Their
+//! The raw publisher: persistent, mandatory messages with confirms from this process to the broker, and no database. Their
 //! properties are those of the relay's messages.
 //!
 //! The same AMQP client as the relay's, at its best: a sliding window of unconfirmed messages on each of some channels.
@@ -19,19 +19,24 @@ use std::task::{Context as Task, Poll, Waker};
 use std::time::Instant;
 
 /// How the raw publisher sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Shape {
-    /// Channels of one connection.
+    /// Connections.
+    pub connections: usize,
+    /// Channels of each connection.
     pub channels: usize,
     /// Unconfirmed messages on each at a time.
     pub window: usize,
 }
 
-/// Tried one after the other before the first round; the best is the ceiling in all rounds.
-pub const SHAPES: [Shape; 3] = [
-    Shape { channels: 1, window: 1000 },
-    Shape { channels: 4, window: 250 },
-    Shape { channels: 4, window: 1000 },
+/// One of these is the ceiling.
+pub const SHAPES: [Shape; 6] = [
+    Shape { connections: 1, channels: 1, window: 250 },
+    Shape { connections: 1, channels: 1, window: 1000 },
+    Shape { connections: 1, channels: 4, window: 50 },
+    Shape { connections: 1, channels: 4, window: 250 },
+    Shape { connections: 1, channels: 4, window: 1000 },
+    Shape { connections: 2, channels: 2, window: 250 },
 ];
 
 /// What it prints.
@@ -48,7 +53,8 @@ pub async fn main(matches: &ArgMatches) -> Result<()> {
     let begun = Instant::now();
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
     let number = |name: &str| matches.get_one::<usize>(name).copied().unwrap_or_default();
-    let shape = Shape { channels: number("channels"), window: number("window") };
+    let shape =
+        Shape { connections: number("connections"), channels: number("channels"), window: number("window") };
     publish(&text("amqp-url"), text("exchange"), number("messages"), number("bytes"), shape).await?;
     let cpu_seconds = usage(std::process::id()).context("no /proc")?.cpu_seconds;
     println!("{}", serde_json::to_string(&Done { seconds: begun.elapsed().as_secs_f64(), cpu_seconds })?);
@@ -56,21 +62,32 @@ pub async fn main(matches: &ArgMatches) -> Result<()> {
 }
 
 async fn publish(url: &str, exchange: String, messages: usize, bytes: usize, shape: Shape) -> Result<()> {
-    let connection = Connection::connect(url, ConnectionProperties::default()).await?;
     let payload: Arc<[u8]> = vec![b'x'; bytes].into();
-    let share = messages.div_ceil(shape.channels);
-    let mut tasks = Vec::new();
-    for _ in 0..shape.channels {
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        tasks.push(tokio::spawn(send(channel, exchange.clone(), Arc::clone(&payload), share, shape.window)));
+    let share = messages.div_ceil(shape.connections * shape.channels);
+    let (mut connections, mut tasks) = (Vec::new(), Vec::new());
+    for _ in 0..shape.connections {
+        let connection = Connection::connect(url, ConnectionProperties::default()).await?;
+        for _ in 0..shape.channels {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            tasks.push(tokio::spawn(send(
+                channel,
+                exchange.clone(),
+                Arc::clone(&payload),
+                share,
+                shape.window,
+            )));
+        }
+        connections.push(connection);
     }
     // A channel that is dropped while its connection closes makes lapin fail the connection.
     let mut open = Vec::new();
     for task in tasks {
         open.push(task.await??);
     }
-    connection.close(200, "done".into()).await?;
+    for connection in connections {
+        connection.close(200, "done".into()).await?;
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The outcome of a run: a table for people, all figures as JSON, and a plot.
 
+use crate::ceiling::Trial;
 use crate::cli::Options;
 use crate::measures::{Goal, Measure, P99_OF_ALL};
 use crate::plot;
@@ -10,12 +11,14 @@ use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::usage::memory_bytes;
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 const TABLE: &str = "table.md";
+const JSON: &str = "results.json";
+const PLOT: &str = "ratios.svg";
 /// Where this was built.
 const SOURCES: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -44,17 +47,21 @@ pub struct Measured {
     pub name: &'static str,
     /// What it shows.
     pub about: &'static str,
+    /// How often it was taken.
+    pub rounds: usize,
     /// Its figures.
     pub figures: Vec<Figure>,
+    /// Why there are not as many rounds as there should be.
+    pub failure: Option<String>,
     #[serde(skip)]
     goals: &'static [(&'static str, Goal)],
 }
 
 impl Measured {
-    /// From its rounds, of which there is at least one.
-    pub fn new(measure: &Measure, samples: &[Sample]) -> Self {
-        let mut measured =
-            Self { name: measure.name, about: measure.about, figures: Vec::new(), goals: measure.goals };
+    /// From its rounds.
+    pub fn new(measure: &Measure, samples: &[Sample], failure: Option<String>) -> Self {
+        let Measure { name, about, goals, .. } = *measure;
+        let mut measured = Self { name, about, rounds: samples.len(), figures: Vec::new(), failure, goals };
         for (name, unit, _) in samples.last().into_iter().flatten() {
             let of = |sample: &Sample| Some(sample.iter().find(|(of, _, _)| of == name)?.2);
             let mut rounds: Vec<f64> = samples.iter().filter_map(of).collect();
@@ -102,6 +109,8 @@ pub struct Report {
     pub quick: bool,
     pub seconds: f64,
     pub measures: Vec<Measured>,
+    /// Which raw publisher is the best.
+    pub trials: Vec<Trial>,
 }
 
 /// Where it ran.
@@ -116,14 +125,12 @@ pub struct Machine {
 
 impl Report {
     /// Of a run that begins now.
-    pub fn new(stand: &Stand, options: &Options) -> Result<Self> {
+    pub fn new(stand: &Stand, options: &Options, commit: String) -> Result<Self> {
         let (postgres, rabbitmq) = stand.versions();
         let at = OffsetDateTime::now_utc().truncate_to_second().format(&Rfc3339)?;
-        let git = |words: &[&str]| said(&[&["git", "-C", SOURCES], words].concat());
-        let dirty = if git(&["status", "--porcelain"]).is_empty() { "" } else { ", changed" };
         Ok(Self {
             at,
-            commit: git(&["rev-parse", "--short", "HEAD"]) + dirty,
+            commit,
             relay: said(&[&options.relay.to_string_lossy(), "--version"]),
             rustc: said(&["rustc", "--version"]),
             postgres,
@@ -133,7 +140,13 @@ impl Report {
             quick: options.quick,
             seconds: 0.0,
             measures: Vec::new(),
+            trials: Vec::new(),
         })
+    }
+
+    /// Names of measures that failed.
+    pub fn failed(&self) -> impl Iterator<Item = &'static str> {
+        self.measures.iter().filter(|measured| measured.failure.is_some()).map(|measured| measured.name)
     }
 
     /// In Markdown.
@@ -151,8 +164,13 @@ impl Report {
             self.seconds,
             if self.quick { " · quick: shows that all works, claims nothing" } else { "" },
         );
-        text.push_str("| measure | figure | median | min – max | goal | |\n|---|---|---|---|---|---|\n");
+        text.push_str(
+            "| measure | figure | median | min – max | rounds | goal | |\n|---|---|---|---|---|---|---|\n",
+        );
         for measured in &self.measures {
+            if let Some(failure) = &measured.failure {
+                let _ = writeln!(text, "| {} | failed: {failure} | | | | | |", measured.name);
+            }
             for (place, figure) in measured.figures.iter().enumerate() {
                 let name = if place == 0 { measured.name } else { "" };
                 let Figure { spread, unit, .. } = figure;
@@ -163,11 +181,12 @@ impl Report {
                 };
                 let _ = writeln!(
                     text,
-                    "| {name} | {} | {} {unit} | {} – {} | {} | {reached} |",
+                    "| {name} | {} | {} {unit} | {} – {} | {} | {} | {reached} |",
                     figure.name,
                     digits(spread.median),
                     digits(spread.min),
                     digits(spread.max),
+                    measured.rounds,
                     figure.goal.as_deref().unwrap_or(""),
                 );
             }
@@ -204,19 +223,50 @@ fn digits(value: f64) -> String {
     }
 }
 
+/// The commit of these sources, asked before anything is written among them, if the relay was built of them.
+pub fn commit(relay: &Path) -> String {
+    let root = Path::new(SOURCES).ancestors().nth(2);
+    if root.is_none_or(|root| !relay.starts_with(root)) {
+        return "unknown".to_owned();
+    }
+    let git = |words: &[&str]| said(&[&["git", "-C", SOURCES], words].concat());
+    let commit = git(&["rev-parse", "--short", "HEAD"]);
+    match (commit.is_empty(), git(&["status", "--porcelain"]).is_empty()) {
+        (true, _) => "unknown".to_owned(),
+        (false, true) => commit,
+        (false, false) => commit + ", changed",
+    }
+}
+
 /// A folder for a run that is to be kept.
 pub fn prepare(dir: &Path) -> Result<()> {
+    // Empty ones are of a run that has measured nothing.
+    let held = |name: &&str| std::fs::metadata(dir.join(name)).is_ok_and(|file| file.len() > 0);
+    ensure!(
+        ![TABLE, JSON, PLOT].iter().any(held),
+        "{} holds a run already: name another folder",
+        dir.display()
+    );
+    begin(dir)
+}
+
+/// A folder of which only the last run is wanted.
+pub fn prepare_again(dir: &Path) -> Result<PathBuf> {
+    for name in [TABLE, JSON, PLOT] {
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+    begin(dir).map(|()| dir.to_owned())
+}
+
+/// Now, since it would be late to find after an hour that nothing can be written there.
+fn begin(dir: &Path) -> Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    let table = dir.join(TABLE);
-    // An empty one is of a run that has measured nothing.
-    let held = std::fs::metadata(&table).map_or(0, |table| table.len());
-    ensure!(held == 0, "{} holds a run already: name another folder", dir.display());
-    std::fs::write(table, "").with_context(|| format!("cannot write into {}", dir.display()))
+    std::fs::write(dir.join(TABLE), "").with_context(|| format!("cannot write into {}", dir.display()))
 }
 
 /// `table.md`, `results.json`, `ratios.svg`.
 pub fn save(report: &Report, dir: &Path) -> Result<()> {
     std::fs::write(dir.join(TABLE), report.table())?;
-    std::fs::write(dir.join("results.json"), serde_json::to_string_pretty(report)? + "\n")?;
-    plot::ratios(report, &dir.join("ratios.svg"))
+    std::fs::write(dir.join(JSON), serde_json::to_string_pretty(report)? + "\n")?;
+    plot::ratios(report, &dir.join(PLOT))
 }

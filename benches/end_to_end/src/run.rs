@@ -1,5 +1,6 @@
 //! A run: servers, then one measure after the other, each some times.
 
+use crate::ceiling::Ceilings;
 use crate::cli::Options;
 use crate::drain::Drained;
 use crate::latency::AllRounds;
@@ -7,7 +8,7 @@ use crate::measures::{Drain, Keys, Kind, Measure, Past};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
 use crate::{cost, latency, report};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
@@ -17,65 +18,78 @@ pub type Sample = Vec<(&'static str, &'static str, f64)>;
 /// A quick run shows that all works, no more.
 const QUICK_ROWS: usize = 20_000;
 
+/// Where results are written where nobody says otherwise: the last run's.
+const LAST: &str = "last";
+
 /// Runs and prints.
 pub async fn run(options: Options) -> Result<()> {
     let begun = Instant::now();
-    if let Some(dir) = &options.save {
-        report::prepare(dir)?;
-    }
+    let commit = report::commit(&options.relay);
+    let dir = match &options.save {
+        Some(dir) => report::prepare(dir).map(|()| dir.clone())?,
+        None => report::prepare_again(&options.dir.join(LAST))?,
+    };
     println!("{} measures; starting a Postgres and a RabbitMQ …", options.measures.len());
     let stand = Stand::start(&options.services, &options.relay, &options.dir).await?;
-    let mut report = Report::new(&stand, &options)?;
-    let mut failure = Ok(());
+    let mut report = Report::new(&stand, &options, commit)?;
+    let mut ceilings = Ceilings::new(options.quick);
+    let mut saved = Ok(());
     for (place, measure) in options.measures.iter().enumerate() {
         let progress =
             Progress { name: measure.name, place, of: options.measures.len(), begun: Instant::now() };
-        let samples = take(&stand, measure, &options, &progress).await.with_context(|| {
-            format!("measure {} failed (relay's log: {}/relay.log)", measure.name, options.dir.display())
-        });
-        match samples {
-            Ok(samples) => report.measures.push(Measured::new(measure, &samples)),
-            // What was measured before is worth as much as without it.
-            Err(error) => {
-                failure = Err(error);
-                break;
-            }
-        }
+        let (samples, ended) = take(&stand, measure, &options, &progress, &mut ceilings).await;
+        // What was measured is worth as much beside what failed.
+        let failure = ended.err().map(|error| format!("{error:#}"));
+        progress.done(failure.as_deref());
+        report.measures.push(Measured::new(measure, &samples, failure));
+        report.trials.append(&mut ceilings.take_tried());
         report.seconds = begun.elapsed().as_secs_f64();
         // Now, since a run takes long and may be ended before its end.
-        if let Some(dir) = &options.save {
-            report::save(&report, dir)?;
-        }
-        progress.done();
+        saved = report::save(&report, &dir);
     }
     print!("\n{}", report.table());
-    if let Some(dir) = &options.save {
-        println!("\nsaved in {}", dir.display());
-    }
-    failure
+    saved.with_context(|| format!("the results are not saved in {}", dir.display()))?;
+    println!("\nsaved in {}", dir.display());
+    let failed: Vec<&str> = report.failed().collect();
+    ensure!(
+        failed.is_empty(),
+        "failed: {} (relay's log: {}/relay.log)",
+        failed.join(", "),
+        options.dir.display()
+    );
+    Ok(())
 }
 
+/// All rounds, or those before the one that failed.
 async fn take(
     stand: &Stand,
     measure: &Measure,
     options: &Options,
     progress: &Progress,
-) -> Result<Vec<Sample>> {
+    ceilings: &mut Ceilings,
+) -> (Vec<Sample>, Result<()>) {
     let rounds = options.rounds(measure);
     let mut samples = Vec::new();
     let mut drained = match measure.kind {
-        Kind::Drain(drain) => Some(Drained::new(stand, measure.name, scaled(drain, options.quick))),
+        Kind::Drain(drain) => Some(Drained::new(stand, measure.name, scaled(drain, options.quick), ceilings)),
         _ => None,
     };
-    let mut all = latency::histogram()?;
+    let mut all = match latency::histogram() {
+        Ok(all) => all,
+        Err(error) => return (samples, Err(error)),
+    };
     for round in 1..=rounds {
         progress.tell(&format!("round {round} of {rounds}"));
-        samples.push(match &mut drained {
-            Some(drained) => drained.round(round).await?,
-            None => take_other(stand, measure, round, options.quick, &mut all).await?,
-        });
+        let sample = match &mut drained {
+            Some(drained) => drained.round(round).await,
+            None => take_other(stand, measure, round, options.quick, &mut all).await,
+        };
+        match sample {
+            Ok(sample) => samples.push(sample),
+            Err(error) => return (samples, Err(error.context(format!("round {round}")))),
+        }
     }
-    Ok(samples)
+    (samples, Ok(()))
 }
 
 async fn take_other(
@@ -91,7 +105,7 @@ async fn take_other(
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),
         Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3), all).await,
         Kind::LoneRow { silence } => {
-            let rows = if silence > Duration::from_secs(10) { 10 } else { 100 };
+            let rows = if silence > Duration::from_secs(10) { 4 } else { 100 };
             latency::lone(stand, name, silence, if quick { 3 } else { rows }, all).await
         }
         Kind::Idle => cost::idle(stand, name, seconds(60, 5)).await,
@@ -130,14 +144,15 @@ impl Progress {
         }
     }
 
-    fn done(&self) {
+    fn done(&self, failure: Option<&str>) {
         let clear = if std::io::stdout().is_terminal() { "\r\x1b[2K" } else { "" };
         println!(
-            "{clear}{:>3} of {}  {:<24} {:.0} s",
+            "{clear}{:>3} of {}  {:<24} {:.0} s{}",
             self.place + 1,
             self.of,
             self.name,
-            self.begun.elapsed().as_secs_f64()
+            self.begun.elapsed().as_secs_f64(),
+            failure.map_or_else(String::new, |failure| format!(", failed: {failure}"))
         );
     }
 }

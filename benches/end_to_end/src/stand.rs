@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 use tokio::process::Command;
 
 /// Exchange and queue of every measure.
@@ -30,6 +31,9 @@ const SETTINGS: &[&str] = &[
     "max_wal_size = '16GB'",
     "checkpoint_timeout = '1h'",
 ];
+
+/// Of one core: a server that takes less has nothing to do.
+const AT_REST: f64 = 0.1;
 
 /// Processor time of the servers, in seconds.
 #[derive(Debug, Clone, Copy, Default)]
@@ -84,7 +88,8 @@ impl Stand {
             relay.display()
         );
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let lock = File::create(dir.join("lock"))?;
+        let lock =
+            File::create(dir.join("lock")).with_context(|| format!("cannot write into {}", dir.display()))?;
         ensure!(
             lock.try_lock().is_ok(),
             "another benchmark runs in {}: wait for its end, or name another folder with --dir",
@@ -126,6 +131,8 @@ impl Stand {
         // As Postgres folds it.
         let database = format!("bench_{}", name.replace('-', "_")).to_lowercase();
         let mut db = self.superuser("postgres").await?;
+        // It counts so many different statements and no more; those of ended databases are many.
+        db.execute("select pg_stat_statements_reset()").await?;
         db.execute(AssertSqlSafe(format!("create database {database} owner outbox"))).await?;
         let (url, _) = self.servers.database_url.rsplit_once('/').context("no database in the URL")?;
         let place = Place { stand: self, database_url: format!("{url}/{database}"), database };
@@ -154,6 +161,20 @@ impl Stand {
             confine(pid, &cores.join(",")).await?;
         }
         Ok(())
+    }
+
+    /// Waits until the servers have done what was left to do, so that nobody pays for what was before; for a while.
+    pub async fn rest(&self) {
+        const LOOK: Duration = Duration::from_millis(500);
+        const LOOKS: usize = 20;
+        for _ in 0..LOOKS {
+            let before = self.cpu();
+            tokio::time::sleep(LOOK).await;
+            let ServersCpu { database, broker } = self.cpu().since(before);
+            if database.max(broker) < AT_REST * LOOK.as_secs_f64() {
+                return;
+            }
+        }
     }
 
     /// The URL of the broker.
