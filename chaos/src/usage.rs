@@ -79,14 +79,38 @@ pub fn usage(pid: u32) -> Option<Usage> {
     })
 }
 
-/// Processor time of the whole machine up to now, in seconds: what was busy, and everything.
-pub fn machine_cpu_seconds() -> Option<(f64, f64)> {
-    let stat = read_to_string("/proc/stat").ok()?;
-    let all = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
-    // user nice system idle iowait irq softirq steal, and guests' time, which is in user's and nice's already.
-    let ticks: Vec<f64> = all.split_whitespace().take(8).filter_map(|ticks| ticks.parse().ok()).collect();
-    let (idle, total) = (ticks.get(3)? + ticks.get(4)?, ticks.iter().sum::<f64>());
-    Some(((total - idle) / TICKS_PER_SECOND, total / TICKS_PER_SECOND))
+/// Processor time of the whole machine up to now, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MachineCpu {
+    /// Of all who ran.
+    pub busy: f64,
+    /// That somebody here wanted, and the host gave to another machine.
+    pub stolen: f64,
+    /// Of all cores.
+    pub total: f64,
+}
+
+impl MachineCpu {
+    /// Up to now; `None` without `/proc`.
+    pub fn now() -> Option<Self> {
+        let stat = read_to_string("/proc/stat").ok()?;
+        let all = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+        // user nice system idle iowait irq softirq steal, and guests' time, which is in user's and nice's already.
+        let ticks = all.split_whitespace().take(8).filter_map(|ticks| ticks.parse::<f64>().ok());
+        let seconds: Vec<f64> = ticks.map(|ticks| ticks / TICKS_PER_SECOND).collect();
+        let (idle, stolen, total) =
+            (seconds.get(3)? + seconds.get(4)?, *seconds.get(7)?, seconds.iter().sum());
+        Some(Self { busy: total - idle - stolen, stolen, total })
+    }
+
+    /// From then to now.
+    pub fn since(self, then: Self) -> Self {
+        Self {
+            busy: self.busy - then.busy,
+            stolen: self.stolen - then.stolen,
+            total: self.total - then.total,
+        }
+    }
 }
 
 /// A field of `/proc/meminfo`, such as `MemTotal:`, in bytes.
@@ -117,8 +141,8 @@ mod tests {
 
     #[test]
     fn the_machine_has_been_busy_for_some_of_its_time() {
-        let (busy, total) = machine_cpu_seconds().expect("/proc/stat");
-        assert!(0.0 < busy && busy <= total, "{busy} of {total}");
+        let now = MachineCpu::now().expect("/proc/stat");
+        assert!(0.0 < now.busy && 0.0 <= now.stolen && now.busy + now.stolen <= now.total, "{now:?}");
     }
 
     /// Its entry stays until it is waited for; a bound on its memory must not be met by it.

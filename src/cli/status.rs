@@ -73,4 +73,7 @@ fn print(health: &Health) {
         health.parked_routes
     );
     println!("dead        {}", count(health.dead));
+    if let Some(reason) = &health.unmarked {
+        println!("unmarked    {reason}");
+    }
 }

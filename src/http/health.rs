@@ -34,6 +34,9 @@ pub struct Health {
     pub broker: Part,
     /// Who publishes what.
     pub ownership: Ownership,
+    /// Why the database, which is up, takes the marks of some rows not; absent if it takes all.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub unmarked: Option<String>,
     /// Rows committed and neither delivered nor dead. Null, as the other counts, until they were counted.
     pub pending: Option<u64>,
     /// Age of the oldest pending row that is due.
@@ -103,7 +106,8 @@ impl Part {
 }
 
 impl Health {
-    /// Why the relay is not ready: a server that cannot be used. A broker that blocks is reachable.
+    /// Why the relay is not ready: a server that cannot be used, or does not take what is written to it. A broker that blocks
+    /// is reachable.
     pub fn not_ready(&self) -> Option<String> {
         if self.stopping {
             return Some("stopping".to_owned());
@@ -113,7 +117,10 @@ impl Health {
             (part.state == "down").then(|| format!("{name}: {reason}"))
         };
         let ownership = || self.ownership.problem();
-        down("database", &self.database).or_else(|| down("broker", &self.broker)).or_else(ownership)
+        down("database", &self.database)
+            .or_else(|| down("broker", &self.broker))
+            .or_else(ownership)
+            .or_else(|| self.unmarked.clone())
     }
 }
 
@@ -173,7 +180,8 @@ impl View {
         let named = |name: &str, part: &Part| part.reason.as_ref().map(|reason| format!("{name}: {reason}"));
         let reason = named("database", &database).or_else(|| named("broker", &broker));
         let ownership = self.ownership();
-        let reason = reason.or_else(|| ownership.problem());
+        let unmarked = self.board.unmarked();
+        let reason = reason.or_else(|| ownership.problem()).or_else(|| unmarked.clone());
         let gauge = |value: i64| u64::try_from(value).unwrap_or(0);
         Health {
             status: if reason.is_none() { "ok" } else { "unavailable" }.to_owned(),
@@ -181,6 +189,7 @@ impl View {
             database,
             broker,
             ownership,
+            unmarked,
             pending: census.map(|census| census.pending),
             oldest_pending_seconds: census.map(oldest),
             dead: census.map(|census| census.dead),

@@ -14,7 +14,8 @@
 //! 2. **The last look is right before the send.** A row goes out only if its shard is held under the very epoch the
 //!    row was read under, and is trusted now ([`Permit`]). A process that was frozen finds the permit gone.
 //! 3. **What is given back is empty.** A shard that somebody else should have is read no more, and given back when
-//!    none of its rows is in flight. Only a replica that cannot reach the broker gives back what is not drained.
+//!    none of its rows is in flight, but for those whose end cannot be written (decision 0014): they are not on
+//!    their way anywhere. Only a replica that cannot reach the broker gives back what is not drained.
 //! 4. **Late writes do no harm.** Refusals are written only while the epoch is the same; a delivered mark is always
 //!    true, whoever writes it.
 //!

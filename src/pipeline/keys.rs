@@ -30,6 +30,12 @@ impl Keys {
         }
     }
 
+    /// Keys with rows in flight.
+    #[cfg(test)]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
     /// The refusal of a row is in the table; this worker holds its key still.
     pub fn refused(&mut self, key: Arc<str>, worker: usize) {
         self.held.entry(key).or_default().push(worker);

@@ -29,7 +29,7 @@
 //!    key unsent, until `poll` says [`Work::Resume`] after the wait was committed and no row of the key
 //!    is in flight any more ([`keys`]). From then on the table holds the key back. There is no moment at which neither does.
 //! 4. **A row without a lease is not sent.** It goes back, its key is held as above, and its shard is not read until all
-//!    of it that was in flight is settled ([`shards`]).
+//!    of it that was in flight is settled, or stands aside because its end cannot be written ([`shards`]).
 //! 5. **Stopping is the end of input.** `poll` reads no more from the signal on and drops its ends to the workers;
 //!    workers end when they have nothing left, settle when the workers have, `poll` when settle has. Settle's last write
 //!    is never cancelled.
@@ -161,8 +161,8 @@ pub enum Fate {
         /// Whose fault it was.
         fault: Fault,
     },
-    /// Sent, and not marked yet: it keeps its place, but nothing else waits for it.
-    Aside,
+    /// Not written yet, while others are; tried again. It keeps its place, and little else waits for it.
+    Aside(Way),
     /// In the table as it was.
     Released,
     /// The same, and its key is held by its worker.
@@ -170,6 +170,17 @@ pub enum Fate {
         /// The key to resume.
         key: Option<Arc<str>>,
     },
+}
+
+/// How far a row has come whose end is not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Confirmed and routed.
+    Delivered,
+    /// Never to be sent.
+    Dead,
+    /// To be sent again: as long as its wait is not in the table, only this relay holds back its key.
+    Unsent,
 }
 
 /// Hands over without waiting: the channels have a place for everything that can be under way, and never an empty batch. A

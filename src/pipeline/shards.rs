@@ -8,6 +8,8 @@
 //!   right again.
 //! - **It was lost and is held anew**: what was read under the earlier lease may end without being written.
 //! - **It is leaving**: another replica is to have it, with nothing of ours on the way.
+//!
+//! A row whose end cannot be written for now is on its way no longer, and is not counted here.
 
 use crate::ownership::Holdings;
 use crate::store::Lease;
@@ -42,6 +44,12 @@ impl Shards {
                 self.in_flight.remove(&lease);
             }
         }
+    }
+
+    /// No row is in flight.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.in_flight.is_empty()
     }
 
     /// A row of this shard was not sent for want of a lease; its worker holds its key.

@@ -21,6 +21,7 @@ pub use leases::{Lease, LeaseTable};
 pub use postgres::PostgresStore;
 
 use bytes::Bytes;
+use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -253,6 +254,15 @@ impl Settlement {
         (self.delivered.len() + self.dead.len()) as u64
     }
 
+    /// Each of its marks was written, or its row is locked.
+    pub fn is_marked_by(&self, written: &Written) -> bool {
+        let locked = match &written.locked[..] {
+            [] => 0,
+            locked => self.marks() - self.without(locked).marks(),
+        };
+        written.marked + locked == self.marks()
+    }
+
     /// The ids of all rows.
     pub fn ids(&self) -> impl Iterator<Item = i64> {
         let delivered = self.delivered.iter().map(|row| row.id);
@@ -261,6 +271,7 @@ impl Settlement {
 
     /// What is left of it without these rows.
     pub fn without(&self, ids: &[i64]) -> Self {
+        let ids: HashSet<i64> = ids.iter().copied().collect();
         let mut rest = self.clone();
         rest.delivered.retain(|row| !ids.contains(&row.id));
         rest.waiting.retain(|row| !ids.contains(&row.id));

@@ -49,6 +49,7 @@ struct State {
     was_up: bool,
     shown: Option<Database>,
     census: Option<Census>,
+    unmarked: Option<String>,
 }
 
 impl State {
@@ -105,6 +106,16 @@ impl Board {
     /// Counts of the table were taken.
     pub fn set_census(&self, census: Census) {
         self.state().census = Some(census);
+    }
+
+    /// Why the database, which is there, takes the marks of some rows not.
+    pub fn set_unmarked(&self, reason: Option<String>) {
+        self.state().unmarked = reason;
+    }
+
+    /// Why some rows cannot be marked, if so.
+    pub fn unmarked(&self) -> Option<String> {
+        self.state().unmarked.clone()
     }
 
     /// The relay has begun to stop.

@@ -181,7 +181,7 @@ impl Metrics {
         );
         registry.register(
             "possible_duplicates",
-            "Messages sent whose confirm was never seen, so they are sent again",
+            "Messages sent whose confirm was never seen or whose mark was not written, so they are sent again",
             self.possible_duplicates.clone(),
         );
         registry.register("reconnects", "Connections made again after a loss", self.reconnects.clone());

@@ -98,6 +98,37 @@ async fn rows_that_are_locked_when_they_are_to_be_marked_keep_only_their_places(
     world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
 }
 
+/// Refused rows that somebody has locked keep no shard where it is: all others of it would be sent by nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_of_refused_rows_that_are_locked_are_handed_over() {
+    let world = World::new().await;
+    world
+        .sql("insert into outbox (routing_key, ordering_key, payload) select 'lost.1', 'lost ' || i % 40, '{}' from generate_series(0, 79) i")
+        .await;
+    let mut other = world.db().await;
+    let mut transaction = other.begin().await.expect("begin");
+    transaction.execute("select from outbox where id <= 40 for update").await.expect("lock");
+    let first = world.relay(&[]).await;
+    eventually("all are refused and stand aside", async || {
+        let health = first.health().await;
+        (health.in_flight, health.in_flight_bytes) == (80, 0)
+    })
+    .await;
+    let second = world.relay(&[]).await;
+    for replica in [&first, &second] {
+        eventually("shards are shared", async || replica.health().await.ownership.owned == 8).await;
+    }
+    world.write(200, 50).await;
+    world.until("select count(*) from outbox where delivered_at is not null", 200).await;
+    transaction.rollback().await.expect("roll back");
+    world.bind("lost.#").await;
+    world.drained().await;
+    for replica in [first, second] {
+        replica.stop().await.expect("clean stop");
+    }
+    world.finish(Allowed { refusals: true, ..Allowed::default() }).await;
+}
+
 /// The poll reads what it needs: with an old transaction that keeps every dead index entry alive, a read does not
 /// walk over the rows that were delivered before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

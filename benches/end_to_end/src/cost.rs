@@ -4,7 +4,7 @@ use crate::process::Relay;
 use crate::run::Sample;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
 use anyhow::{Context, Result};
-use outbox_relay_chaos::usage::machine_cpu_seconds;
+use outbox_relay_chaos::usage::MachineCpu;
 use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +44,7 @@ pub struct Meter {
     cpu_seconds: f64,
     servers: ServersCpu,
     counted: Counted,
-    machine: (f64, f64),
+    machine: MachineCpu,
 }
 
 impl Meter {
@@ -52,24 +52,20 @@ impl Meter {
     pub async fn start(place: &Place<'_>, relay: &Relay) -> Result<Self> {
         let (cpu_seconds, servers) = (relay.usage()?.cpu_seconds, place.stand.cpu());
         let counted = place.counted().await?;
-        let machine = machine_cpu_seconds().context("no /proc/stat")?;
+        let machine = MachineCpu::now().context("no /proc/stat")?;
         Ok(Self { begun: Instant::now(), cpu_seconds, servers, counted, machine })
     }
 
     /// Until now.
     pub async fn read(self, place: &Place<'_>, relay: &Relay) -> Result<Sample> {
         let seconds = self.begun.elapsed().as_secs_f64();
-        let (busy, total) = machine_cpu_seconds().context("no /proc/stat")?;
+        let machine = MachineCpu::now().context("no /proc/stat")?.since(self.machine);
         let (usage, servers) = (relay.usage()?, place.stand.cpu().since(self.servers));
         let counted = place.counted().await?.since(self.counted);
         let mut sample = vec![
             ("CPU", "%", (usage.cpu_seconds - self.cpu_seconds) / seconds * 100.0),
             ("Postgres's CPU", "%", servers.database / seconds * 100.0),
-            (
-                "the machine's CPU",
-                "% of all cores",
-                (busy - self.machine.0) / (total - self.machine.1) * 100.0,
-            ),
+            ("the machine's CPU", "% of all cores", machine.busy / machine.total * 100.0),
             ("statements", "/s", counted.statements() / seconds),
             ("WAL", "B/s", counted.wal_bytes() / seconds),
             ("peak RSS", "MiB", usage.peak_rss_mib()),
@@ -184,8 +180,9 @@ async fn commits_beside(
 
 /// Rows in all, and a second.
 async fn commits(place: &Place<'_>, connections: usize, lasts: Duration) -> Result<(u64, f64)> {
+    // Keys in turns, as of a backlog: with few, the relay would wait for confirms and leave the machine to the writers.
     let insert = "insert into outbox (routing_key, ordering_key, payload)
-                  values ('bench', 'key ' || $1, jsonb_build_object('x', repeat('x', 490)))";
+                  values ('bench', 'key ' || $1 % 1000, jsonb_build_object('x', repeat('x', 490)))";
     let over = CancellationToken::new();
     let mut tasks = Vec::new();
     let mut open = Vec::new();
@@ -198,7 +195,8 @@ async fn commits(place: &Place<'_>, connections: usize, lasts: Duration) -> Resu
         tasks.push(tokio::spawn(async move {
             let mut commits = 0_u64;
             while !over.is_cancelled() {
-                sqlx::query(insert).bind(writer as i64).execute(&mut db).await?;
+                let row = commits * connections as u64 + writer as u64;
+                sqlx::query(insert).bind(row as i64).execute(&mut db).await?;
                 commits += 1;
             }
             db.close().await?;

@@ -18,7 +18,7 @@ use super::known::Known;
 use super::releases::Releases;
 use super::routes::Routes;
 use super::shards::Shards;
-use super::{Settled, Work, hand_over, worth_a_statement};
+use super::{Settled, Way, Work, hand_over, worth_a_statement};
 use crate::config::{Ordering, Settings};
 use crate::ownership::Holdings;
 use crate::retry::{Delays, Rest};
@@ -64,6 +64,8 @@ pub struct Poll<S> {
 
     in_flight: HashMap<i64, InFlight>,
     bytes_in_flight: usize,
+    /// So many of them stand aside.
+    aside: usize,
     shards: Shards,
     keys: Keys,
     known: Known,
@@ -130,8 +132,8 @@ struct InFlight {
     watched: Option<Arc<Route>>,
     /// What is settled was forgotten meanwhile, and with it what its mark is worth.
     forgotten: bool,
-    /// Its key and its shard no longer wait for it.
-    aside: bool,
+    /// Its end cannot be written for now.
+    aside: Option<Way>,
 }
 
 impl<S: Store> Poll<S> {
@@ -165,6 +167,7 @@ impl<S: Store> Poll<S> {
             limits,
             in_flight: HashMap::new(),
             bytes_in_flight: 0,
+            aside: 0,
             shards: Shards::default(),
             keys: Keys::default(),
             known: Known::default(),
@@ -325,6 +328,7 @@ impl<S: Store> Poll<S> {
         }
         let drained = self.shards.take_drained(&self.holdings.borrow_and_update());
         for lease in drained {
+            self.tell_repeats(lease);
             hand_over(&self.drained, lease).await;
         }
     }
@@ -333,13 +337,15 @@ impl<S: Store> Poll<S> {
     fn has_room(&self) -> bool {
         let rows = self.limits.rows - self.in_flight.len();
         let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
-        (rows > 0 && self.only_probes_are_in_flight())
-            || (rows >= worth_a_statement(self.limits.rows) && bytes >= self.limits.bytes / 4)
+        let enough_rows = worth_a_statement(self.limits.rows - self.aside);
+        let enough = rows >= enough_rows && bytes >= self.limits.bytes / 4;
+        rows > 0 && (enough || self.nothing_moves())
     }
 
-    /// Those of silent routes keep their places for long, which no row may wait for that needs all the bytes.
-    fn only_probes_are_in_flight(&self) -> bool {
-        self.in_flight.values().all(|row| row.probe)
+    /// Probes of silent routes keep their places for long, and so do rows that stand aside: a row that needs all the bytes must
+    /// not wait for them.
+    fn nothing_moves(&self) -> bool {
+        self.in_flight.values().all(|row| row.probe || row.aside.is_some())
     }
 
     /// When something besides reading is to be done next.

@@ -4,7 +4,7 @@
 use super::{Poll, unless_lost};
 use crate::pipeline::releases::Bite;
 use crate::pipeline::routes::Parking;
-use crate::store::{Route, Row, Share, Store, StoreError};
+use crate::store::{Route, Row, Share, Store, StoreError, Trouble};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -46,6 +46,16 @@ impl<S: Store> Poll<S> {
         let begun = Instant::now();
         let released = self.pulse.beat_during(self.store.release(&route, rows)).await;
         let (took, now) = (begun.elapsed(), Instant::now());
+        if let Err(StoreError { trouble: Trouble::Rejected, sentence }) = &released {
+            self.releases.end(&route, took, now);
+            tracing::warn!(
+                exchange = route.exchange,
+                routing_key = route.routing_key,
+                reason = sentence,
+                "route works again, but its waiting rows cannot be made due; each is sent when its time comes"
+            );
+            return Ok(());
+        }
         match unless_lost(released)? {
             None => self.releases.retry(&route, took, now),
             Some(released) if released == rows as u64 => self.releases.go_on(&route, now),

@@ -68,7 +68,7 @@ impl<S: Store> Poll<S> {
             ranges: &ranges,
             rows,
             bytes,
-            room_for_any: self.only_probes_are_in_flight(),
+            room_for_any: self.nothing_moves(),
             in_flight: &in_flight,
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
@@ -210,7 +210,7 @@ impl<S: Store> Poll<S> {
         }
         self.shards.sent(row.lease);
         let (bytes, lease) = (row.bytes(), row.lease);
-        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false, aside: false };
+        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false, aside: None };
         self.in_flight.insert(row.id, place);
         true
     }

@@ -1,8 +1,8 @@
 //! A settled row frees its place, and what became of it is learned.
 
 use super::{InFlight, Poll};
-use crate::pipeline::{Fate, Settled, Work, hand_over};
-use crate::store::Store;
+use crate::pipeline::{Fate, Settled, Way, Work, hand_over};
+use crate::store::{Lease, Store};
 use std::sync::Arc;
 
 impl<S: Store> Poll<S> {
@@ -29,20 +29,21 @@ impl<S: Store> Poll<S> {
 
     /// Frees the place of a settled row.
     async fn settle(&mut self, Settled { id, fate }: Settled) {
-        if matches!(fate, Fate::Aside) {
-            return self.set_aside(id).await;
+        if let Fate::Aside(way) = fate {
+            return self.set_aside(id, way).await;
         }
         let Some(settled) = self.in_flight.remove(&id) else { return };
         let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched, forgotten, aside } = settled;
         self.bytes_in_flight -= bytes;
-        if !aside {
-            self.shards.settled(lease);
-            if let Some(key) = &key_in_flight {
-                self.keys.settled(key);
-            }
+        match aside {
+            Some(_) => self.aside -= 1,
+            None => self.shards.settled(lease),
+        }
+        if let Some(key) = &key_in_flight {
+            self.keys.settled(key);
         }
         match fate {
-            Fate::Aside => {}
+            Fate::Aside(_) => {}
             Fate::Delivered { certain } => {
                 // What was marked before a failover may be pending after it, or another row.
                 if !certain || forgotten {
@@ -85,16 +86,39 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// The row keeps its place and is not read again. Its shard can be given back, which costs a repeat, and its key goes on.
-    async fn set_aside(&mut self, id: i64) {
-        let Some(row) = self.in_flight.get_mut(&id) else { return };
-        if std::mem::replace(&mut row.aside, true) {
-            return;
+    /// The row keeps its place and is not read again. Its bytes are gone, its shard can be given back, and its route can be
+    /// tried by others. Its key goes on, unless it is to be sent again: then only its worker holds the key, until its wait is
+    /// written.
+    async fn set_aside(&mut self, id: i64, way: Way) {
+        let Some(row) = self.in_flight.get_mut(&id).filter(|row| row.aside.is_none()) else { return };
+        row.aside = Some(way);
+        let (lease, bytes) = (row.lease, std::mem::take(&mut row.bytes));
+        let (watched, probe) = (row.watched.take(), std::mem::take(&mut row.probe));
+        let key = if way == Way::Unsent { None } else { row.key.take() };
+        self.aside += 1;
+        self.bytes_in_flight -= bytes;
+        self.shards.settled(lease);
+        match watched {
+            Some(route) if way == Way::Delivered => self.route_works(route),
+            watched => self.end_probe(watched, probe),
         }
-        self.shards.settled(row.lease);
-        if let Some(key) = row.key.clone() {
+        if let Some(key) = key {
             self.keys.settled(&key);
             self.resume_key(&key).await;
+        }
+    }
+
+    /// A shard goes to others while rows of it are sent and not marked.
+    pub(super) fn tell_repeats(&self, lease: Lease) {
+        let repeats = |row: &&InFlight| row.lease == lease && row.aside == Some(Way::Delivered);
+        let rows = self.in_flight.values().filter(repeats).count();
+        if rows > 0 {
+            self.metrics.possible_duplicates.inc_by(rows as u64);
+            tracing::warn!(
+                shard = lease.shard,
+                rows,
+                "a shard goes to another replica with rows that were sent and cannot be marked; they will be sent again"
+            );
         }
     }
 
@@ -125,6 +149,7 @@ mod tests {
     use crate::ownership::Holdings;
     use crate::pipeline::poll::{Ends, Rested};
     use crate::sink::SinkState;
+    use crate::store::Row;
     use crate::store::memory::{MemoryStore, plain_row};
     use crate::telemetry::{Board, Metrics, Pulses};
     use std::time::Duration;
@@ -138,7 +163,7 @@ mod tests {
         _workers: Vec<mpsc::Receiver<Work>>,
         _settled: mpsc::Sender<Vec<Settled>>,
         _sink: watch::Sender<SinkState>,
-        _drained: mpsc::Receiver<crate::store::Lease>,
+        _drained: mpsc::Receiver<Lease>,
     }
 
     fn stage() -> Stage {
@@ -191,6 +216,53 @@ mod tests {
         stage.poll.settle(Settled { id: 1, fate: Fate::Dead { certain: false } }).await;
         stage.poll.settle(Settled { id: 2, fate: Fate::Dead { certain: true } }).await;
         assert!(!stage.poll.known.contains(1) && stage.poll.known.contains(2));
+    }
+
+    /// Its bytes are no longer in memory, and neither its shard nor its key waits for it; only its place is taken.
+    #[tokio::test]
+    async fn a_row_that_stands_aside_keeps_its_place_and_no_more() {
+        let mut stage = stage();
+        let (poll, key) = (&mut stage.poll, Arc::<str>::from("k"));
+        let (sent, unsent) = (
+            Row { ordering_key: Some(Arc::clone(&key)), ..plain_row(1) },
+            Row { ordering_key: Some("other".into()), ..plain_row(2) },
+        );
+        poll.send(vec![sent, unsent], 0).await;
+        assert!(!poll.nothing_moves());
+        for _ in 0..2 {
+            poll.settle(Settled { id: 1, fate: Fate::Aside(Way::Delivered) }).await;
+            poll.settle(Settled { id: 2, fate: Fate::Aside(Way::Unsent) }).await;
+        }
+        assert_eq!((poll.in_flight.len(), poll.aside, poll.bytes_in_flight), (2, 2, 0));
+        assert!(poll.nothing_moves(), "a row that needs all the bytes may be read");
+        assert!(poll.shards.is_empty());
+        assert_eq!(poll.keys.in_flight(), 1, "that of the row which is to be sent again");
+        assert!(poll.known.contains(1) && poll.known.contains(2), "neither is read again");
+        for id in 1..=2 {
+            poll.settle(Settled { id, fate: MARKED }).await;
+        }
+        assert_eq!((poll.in_flight.len(), poll.aside, poll.bytes_in_flight), (0, 0, 0));
+        assert!(poll.shards.is_empty() && poll.keys.in_flight() == 0);
+    }
+
+    /// Whether the mark of its probe can be written says nothing of a route.
+    #[tokio::test]
+    async fn a_probe_that_stands_aside_does_not_leave_its_route_parked() {
+        for (way, parked) in [(Way::Delivered, 0), (Way::Unsent, 1)] {
+            let mut stage = stage();
+            let (poll, row) = (&mut stage.poll, plain_row(1));
+            for _ in 0..3 {
+                poll.route_refuses(&row.route, "full", false);
+            }
+            let later = std::time::Instant::now() + Duration::from_secs(3600);
+            assert!(poll.routes.take_due_probe(later).is_some());
+            let prober = poll.prober();
+            poll.send(vec![row], prober).await;
+            assert!(poll.routes.next_probe().is_none(), "one is on its way");
+            poll.settle(Settled { id: 1, fate: Fate::Aside(way) }).await;
+            assert_eq!(poll.routes.parked().len(), parked);
+            assert_eq!(poll.routes.next_probe().is_some(), parked == 1, "it is tried again");
+        }
     }
 
     /// Right after it had worked it is not told, as one that flaps; but it must not be forgotten.

@@ -3,7 +3,7 @@
 
 use super::settlement;
 use crate::mutants::mutant;
-use crate::pipeline::{End, Outcome};
+use crate::pipeline::{End, Outcome, Way};
 use crate::retry::Delays;
 use crate::store::{Dead, Settlement, StoreError, Trouble, Waiting};
 use std::collections::HashSet;
@@ -48,13 +48,15 @@ impl Part {
 
 /// Rows of one kind, and when they are tried again.
 #[derive(Default)]
-struct Aside {
+struct Group {
     rows: Vec<Outcome>,
     due: Option<Instant>,
     delays: Delays,
+    /// The log has it.
+    logged: bool,
 }
 
-impl Aside {
+impl Group {
     fn take(&mut self) -> Vec<Outcome> {
         self.due = None;
         std::mem::take(&mut self.rows)
@@ -66,10 +68,17 @@ impl Aside {
 
     /// After a round of writing, which may have taken them and put them back.
     fn rest(&mut self, reason: Option<&StoreError>) {
-        match reason {
-            Some(reason) if self.due.is_none() => self.due = Some(Instant::now() + self.delays.next(reason)),
-            Some(_) => {}
-            None => *self = Self::default(),
+        let Some(reason) = reason else {
+            if self.logged {
+                tracing::info!("rows are marked that could not be marked with the others");
+            }
+            return *self = Self::default();
+        };
+        if !std::mem::replace(&mut self.logged, true) {
+            tracing::warn!(reason = reason.sentence, "rows cannot be marked with the others; trying on");
+        }
+        if self.due.is_none() {
+            self.due = Some(Instant::now() + self.delays.next(reason));
         }
     }
 }
@@ -78,16 +87,17 @@ impl Aside {
 #[derive(Default)]
 pub(super) struct Left {
     /// Somebody has locked them, or they are behind one that is.
-    locked: Aside,
+    locked: Group,
     /// The database rejects what is written of them, or of rows among them that were not found.
-    rejected: Aside,
-    /// Those of them that were found: to be written last, so that the search begins among the others.
+    rejected: Group,
+    /// Those of them that were found: to be written by themselves, so that they fail no others again.
     rejected_alone: Vec<i64>,
     /// The last row that was rejected, and why.
     rejection: Option<(i64, StoreError)>,
-    /// Sent and not marked, which poll has not been told yet.
-    news: Vec<i64>,
-    told: bool,
+    /// What poll has not been told yet.
+    news: Vec<(i64, Way)>,
+    /// What it has been told.
+    told: HashSet<i64>,
     /// Somebody has locked rows, so others are not to be kept waiting for them.
     pub passes_locks: bool,
 }
@@ -98,15 +108,15 @@ impl Left {
         self.locked.due.into_iter().chain(self.rejected.due).min()
     }
 
-    /// Those for which it is time.
-    pub(super) fn take_due(&mut self) -> Vec<Outcome> {
-        let (mut outcomes, mut rejected) = (self.locked.take_due(), self.rejected.take_due());
-        if !rejected.is_empty() {
+    /// Those for which it is time, as they are to be written together: what was found is kept apart.
+    pub(super) fn take_due(&mut self) -> [Vec<Outcome>; 3] {
+        let (mut others, mut found) = (self.rejected.take_due(), Vec::new());
+        if !others.is_empty() {
             let alone: HashSet<i64> = self.rejected_alone.drain(..).collect();
-            rejected.sort_by_key(|outcome| alone.contains(&outcome.id));
+            (found, others) = others.into_iter().partition(|outcome| alone.contains(&outcome.id));
         }
-        outcomes.append(&mut rejected);
-        outcomes
+        // What is locked comes last: rows behind one that is rejected are among it.
+        [others, found, self.locked.take_due()]
     }
 
     /// All of them.
@@ -116,9 +126,19 @@ impl Left {
         outcomes
     }
 
-    /// Rows that have come to stand aside: sent, so their keys and shards need not wait for their marks.
-    pub(super) fn take_news(&mut self) -> Vec<i64> {
+    /// Rows that have come to stand aside, each once.
+    pub(super) fn take_news(&mut self) -> Vec<(i64, Way)> {
         std::mem::take(&mut self.news)
+    }
+
+    fn note(&mut self, outcomes: &[Outcome]) {
+        let told = &mut self.told;
+        let news = outcomes.iter().filter(|outcome| told.insert(outcome.id));
+        self.news.extend(news.map(|outcome| (outcome.id, way_of(outcome))));
+    }
+
+    fn rows(&self) -> impl Iterator<Item = &Outcome> {
+        self.locked.rows.iter().chain(&self.rejected.rows)
     }
 
     /// Keeps what is locked, and what was given back behind a locked row of its key: in the table nothing holds that back yet,
@@ -130,15 +150,15 @@ impl Left {
         let locked: HashSet<i64> = locked.iter().copied().collect();
         let (kept, others): (Vec<Outcome>, Vec<Outcome>) =
             outcomes.into_iter().partition(|outcome| locked.contains(&outcome.id));
-        self.news.extend(kept.iter().filter(|outcome| is_sent(outcome)).map(|outcome| outcome.id));
+        self.note(&kept);
         self.locked.rows.extend(kept);
-        let all = self.locked.rows.iter().chain(&self.rejected.rows);
-        let waiting: HashSet<Arc<str>> = all.filter_map(waits_of).collect();
+        let waiting: HashSet<Arc<str>> = self.rows().filter_map(waits_of).collect();
         let behind = |outcome: &Outcome| {
             let waits = matches!(&outcome.end, End::Released { key: Some(key) } if waiting.contains(key));
             waits && !mutant!("read-behind-locks")
         };
         let (behind, others): (Vec<Outcome>, Vec<Outcome>) = others.into_iter().partition(behind);
+        self.note(&behind);
         self.locked.rows.extend(behind);
         others
     }
@@ -165,7 +185,7 @@ impl Left {
         }
         let id = left.outcomes.first().map_or(0, |outcome| outcome.id);
         self.rejection = Some((id, error.clone()));
-        self.news.extend(left.outcomes.iter().filter(|outcome| is_sent(outcome)).map(|outcome| outcome.id));
+        self.note(&left.outcomes);
         self.rejected.rows.extend(left.outcomes);
     }
 
@@ -179,13 +199,9 @@ impl Left {
         self.locked.rest(locked.as_ref());
         self.rejected.rest(rejected.as_ref());
         self.passes_locks &= locked.is_some();
-        let (was_told, some) = (self.told, !self.is_empty());
-        self.told = some;
-        if was_told && !some {
-            tracing::info!("all rows are marked that could not be marked with the others");
-        }
-        if let Some(reason) = rejected.as_ref().or(locked.as_ref()).filter(|_| !was_told) {
-            tracing::warn!(reason = reason.sentence, "rows cannot be marked with the others; trying on");
+        if !self.told.is_empty() {
+            let left: HashSet<i64> = self.rows().map(|outcome| outcome.id).collect();
+            self.told.retain(|id| left.contains(id));
         }
         rejected
     }
@@ -196,11 +212,13 @@ impl Left {
     }
 
     fn why_locked(&self) -> Option<StoreError> {
-        let id = self.locked.rows.first()?.id;
-        let sentence = format!(
-            "{} rows cannot be marked, id {id} for one: another transaction has it locked",
-            self.locked.rows.len()
-        );
+        let rows = &self.locked.rows;
+        let is_locked = |outcome: &&Outcome| !matches!(outcome.end, End::Released { .. });
+        let (first, why) = match rows.iter().find(is_locked) {
+            Some(first) => (first, "another transaction has it locked"),
+            None => (rows.first()?, "an earlier row of its key cannot be marked"),
+        };
+        let sentence = format!("{} rows cannot be marked, id {} for one: {why}", rows.len(), first.id);
         Some(StoreError { trouble: Trouble::Contention, sentence })
     }
 
@@ -212,8 +230,12 @@ impl Left {
     }
 }
 
-fn is_sent(outcome: &Outcome) -> bool {
-    matches!(outcome.end, End::Delivered { .. } | End::Dead { .. })
+fn way_of(outcome: &Outcome) -> Way {
+    match outcome.end {
+        End::Delivered { .. } => Way::Delivered,
+        End::Dead { .. } => Way::Dead,
+        End::Wait { .. } | End::Released { .. } | End::Fenced { .. } => Way::Unsent,
+    }
 }
 
 fn waits_of(outcome: &Outcome) -> Option<Arc<str>> {
@@ -306,7 +328,7 @@ mod tests {
             written += write(&mut left, outcomes, holds).0.len();
             left.rest();
             left.rejected.due = Some(Instant::now());
-            outcomes = left.take_due();
+            outcomes = left.take_due().into_iter().flatten().collect();
         }
         assert_eq!((written, outcomes.len()), (1960, 40));
     }
@@ -347,7 +369,13 @@ mod tests {
         assert!(left.keep_locked(vec![released(6, "a")], &[]).is_empty(), "as long as it is locked");
         assert!(left.rest().is_none(), "a lock is no trouble of the database");
         assert!(left.due().is_some());
-        assert_eq!(left.take_news(), [5], "sent; the other is to be sent again");
+        assert_eq!(
+            left.take_news(),
+            [(1, Way::Unsent), (5, Way::Delivered), (2, Way::Unsent), (6, Way::Unsent)]
+        );
+        let again = left.locked.take();
+        assert!(left.keep_locked(again, &[1, 5]).is_empty());
+        assert!(left.take_news().is_empty(), "each is told once");
         assert_eq!(left.take().iter().map(|outcome| outcome.id).collect::<Vec<_>>(), [1, 5, 2, 6]);
         assert_eq!(left.keep_locked(vec![released(7, "a")], &[]).len(), 1);
         assert!(left.rest().is_none() && left.due().is_none(), "all are written");

@@ -45,6 +45,7 @@ pub struct Settle<S> {
     left: Left,
     /// The grace period is over: a database that is away is waited for no longer.
     cut: CancellationToken,
+    cut_seen: Option<Instant>,
     board: Arc<Board>,
     pulse: Pulse,
     metrics: Arc<Metrics>,
@@ -86,13 +87,14 @@ impl<S: Store> Settle<S> {
         let enough = worth_a_statement(settings.max_in_flight).min(BITE_ROWS);
         let keeps_delivered = settings.keeps_delivered();
         let left = Left::default();
-        Self { input, output, store, enough, keeps_delivered, left, cut, board, pulse, metrics }
+        let cut_seen = None;
+        Self { input, output, store, enough, keeps_delivered, left, cut, cut_seen, board, pulse, metrics }
     }
 
     /// Writes outcomes until there are no more.
     pub async fn run(mut self) -> Result<(), Unwritten> {
         while let Some(outcomes) = self.gather().await {
-            let mut bites = bites(outcomes, self.keeps_delivered).into_iter();
+            let mut bites = self.in_turn(outcomes).into_iter();
             let mut answered = false;
             while let Some(bite) = bites.next() {
                 match self.write(bite).await {
@@ -105,14 +107,13 @@ impl<S: Store> Settle<S> {
             }
             let aside = self.left.take_news();
             if !aside.is_empty() {
-                let settled = aside.into_iter().map(|id| Settled { id, fate: Fate::Aside }).collect();
-                hand_over(&self.output, settled).await;
+                let settled = aside.into_iter().map(|(id, way)| Settled { id, fate: Fate::Aside(way) });
+                hand_over(&self.output, settled.collect()).await;
             }
-            match self.left.rest() {
-                Some(error) => self.board.database_down(DatabaseUser::Settle, &error),
-                None if answered => self.board.database_up(DatabaseUser::Settle),
-                None => {}
+            if answered {
+                self.board.database_up(DatabaseUser::Settle);
             }
+            self.board.set_unmarked(self.left.rest().map(|error| error.sentence));
         }
         match self.left.reason() {
             Some(error) => self.give_up(Vec::new(), error).await,
@@ -130,8 +131,20 @@ impl<S: Store> Settle<S> {
                 Ok(None) | Err(_) => break,
             }
         }
-        outcomes.extend(self.left.take_due());
         Some(outcomes)
+    }
+
+    /// What is written one after the other: what has come, what was left before, which must not spoil it, and last that of which
+    /// nothing is written: only then it is known which refused rows cannot be written, and what has to stay behind them.
+    fn in_turn(&mut self, outcomes: Vec<Outcome>) -> Vec<Vec<Outcome>> {
+        let is_written =
+            |outcome: &Outcome| !matches!(outcome.end, End::Released { .. } | End::Fenced { .. });
+        let (written, as_they_were): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(is_written);
+        let mut all = bites(written, self.keeps_delivered);
+        all.extend(self.left.take_due().into_iter().flat_map(|group| bites(group, false)));
+        all.push(as_they_were);
+        all.retain(|bite| !bite.is_empty());
+        all
     }
 
     /// The first that come; none when it is time for those that were left. After the input has ended these have until the
@@ -188,8 +201,8 @@ impl<S: Store> Settle<S> {
                 continue;
             }
             if error.trouble == Trouble::Rejected && !mutant!("reject-together") {
-                // After the end of the grace period nothing is searched for.
-                rejections += if self.cut.is_cancelled() { REJECTIONS_MAX + 1 } else { 1 };
+                answered = true;
+                rejections = if self.is_out_of_time() { REJECTIONS_MAX + 1 } else { rejections + 1 };
                 self.left.reject(part, &error, rejections, &mut parts);
                 continue;
             }
@@ -208,6 +221,11 @@ impl<S: Store> Settle<S> {
             }
         }
         Ok(answered)
+    }
+
+    /// The grace period was over at an earlier look, and a moment has passed since.
+    fn is_out_of_time(&mut self) -> bool {
+        self.cut.is_cancelled() && self.cut_seen.get_or_insert_with(Instant::now).elapsed() >= LAST_WRITE
     }
 
     /// One try. After the grace period it has a moment left, so that a database that answers still gets
@@ -231,8 +249,9 @@ impl<S: Store> Settle<S> {
 
     /// Counts what was committed and frees the places.
     async fn report(&mut self, part: Part, written: &Written) {
-        let certain = written.marked == part.settlement.marks();
-        if let Some(Dead { id, message_id, attempts, reason, .. }) = part.set_aside().filter(|_| certain) {
+        let certain = part.settlement.is_marked_by(written);
+        let is_written = certain && written.locked.is_empty();
+        if let Some(Dead { id, message_id, attempts, reason, .. }) = part.set_aside().filter(|_| is_written) {
             tracing::warn!(id, %message_id, attempts, reason, "row is dead: it can not be delivered");
             self.metrics.dead.inc();
         }
@@ -318,17 +337,117 @@ pub fn settlement(outcomes: &[Outcome]) -> Settlement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::Lease;
-    use uuid::Uuid;
+    use crate::config::Sources;
+    use crate::pipeline::Way;
+    use crate::sink::Fault;
+    use crate::store::memory::{MemoryStore, plain_row};
+    use crate::telemetry::Pulses;
+    use tokio::task::JoinHandle;
+
+    fn outcome(id: i64, end: End) -> Outcome {
+        let row = plain_row(id);
+        Outcome { id, message_id: row.message_id, lease: row.lease, end }
+    }
 
     fn outcomes(ids: impl Iterator<Item = i64>) -> Vec<Outcome> {
-        let outcome = |id| Outcome {
-            id,
-            message_id: Uuid::nil(),
-            lease: Lease::default(),
-            end: End::Released { key: None },
+        ids.map(|id| outcome(id, End::Delivered { created_at_micros: 0 })).collect()
+    }
+
+    /// A stage that runs, and what it is connected to.
+    struct Stage {
+        input: mpsc::Sender<Vec<Outcome>>,
+        output: mpsc::Receiver<Vec<Settled>>,
+        cut: CancellationToken,
+        ended: JoinHandle<Result<(), Unwritten>>,
+    }
+
+    impl Stage {
+        fn start(store: &MemoryStore) -> Self {
+            let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
+            let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
+            let (input, outcomes) = mpsc::channel(10);
+            let (settled, output) = mpsc::channel(1000);
+            let ends = Ends { input: outcomes, output: settled, store: Arc::new(store.clone()) };
+            let (cut, metrics) = (CancellationToken::new(), Arc::new(Metrics::default()));
+            let board = Arc::new(Board::new(Arc::clone(&metrics)));
+            let pulse = Pulses::default().start("settle");
+            let settle = Settle::new(ends, &settings, cut.clone(), board, pulse, metrics);
+            Self { input, output, cut, ended: tokio::spawn(settle.run()) }
+        }
+
+        async fn settled(&mut self) -> Vec<Settled> {
+            self.output.recv().await.expect("it runs")
+        }
+
+        /// The end of its input, and of the grace period.
+        async fn end(self) -> Result<(), Unwritten> {
+            drop(self.input);
+            self.cut.cancel();
+            self.ended.await.expect("no panic")
+        }
+    }
+
+    fn stored(rows: i64) -> MemoryStore {
+        let store = MemoryStore::default();
+        (1..=rows).for_each(|id| store.insert(plain_row(id)));
+        store
+    }
+
+    /// What is known of a row that was marked must not suffer from one that is locked: it would be walked over again.
+    #[tokio::test(start_paused = true)]
+    async fn marks_are_certain_beside_a_row_that_is_locked() {
+        let store = stored(3);
+        store.lock_rows([2]);
+        let mut stage = Stage::start(&store);
+        stage.input.send(outcomes(1..4)).await.unwrap();
+        let settled = stage.settled().await;
+        let certain = |settled: &Settled| matches!(settled.fate, Fate::Delivered { certain: true });
+        assert_eq!(settled.iter().map(|settled| settled.id).collect::<Vec<_>>(), [1, 3]);
+        assert!(settled.iter().all(certain), "{settled:?}");
+        let aside = stage.settled().await;
+        assert!(matches!(aside[..], [Settled { id: 2, fate: Fate::Aside(Way::Delivered) }]), "{aside:?}");
+        assert_eq!(stage.end().await.expect_err("one is locked").rows, 1);
+    }
+
+    /// They would be read again at once, only to come back, as long as nothing in the table holds them back.
+    #[tokio::test(start_paused = true)]
+    async fn rows_behind_one_that_is_locked_stay_with_it_however_many() {
+        let (store, key) = (stored(1), Arc::<str>::from("k"));
+        store.lock_rows([1]);
+        let mut stage = Stage::start(&store);
+        let wait = End::Wait {
+            key: Some(Arc::clone(&key)),
+            route: plain_row(1).route,
+            fault: Fault::Unroutable,
+            attempts: 1,
+            wait: Duration::ZERO,
+            reason: "refused".to_owned(),
         };
-        ids.map(outcome).collect()
+        let behind =
+            (2..APART_FROM as i64 + 2).map(|id| outcome(id, End::Released { key: Some(Arc::clone(&key)) }));
+        stage.input.send([outcome(1, wait)].into_iter().chain(behind).collect()).await.unwrap();
+        let aside = stage.settled().await;
+        assert_eq!(aside.len(), 1 + APART_FROM);
+        assert!(aside.iter().all(|settled| matches!(settled.fate, Fate::Aside(Way::Unsent))), "{aside:?}");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert!(stage.output.try_recv().is_err(), "tried again, and told once");
+        store.lock_rows([]);
+        let settled = stage.settled().await;
+        assert!(matches!(settled[0], Settled { id: 1, fate: Fate::Waiting { .. } }), "{:?}", settled[0]);
+        assert!(settled[1..].iter().all(|settled| matches!(settled.fate, Fate::Released)));
+        assert_eq!(settled.len(), 1 + APART_FROM);
+        stage.end().await.expect("all is written");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_is_rejected_costs_no_others_their_marks_at_the_end() {
+        let store = stored(9);
+        store.reject_rows([5]);
+        let stage = Stage::start(&store);
+        stage.cut.cancel();
+        stage.input.send(outcomes(1..10)).await.unwrap();
+        assert_eq!(stage.end().await.expect_err("one is rejected").rows, 1);
+        assert_eq!(store.rows().iter().filter(|row| row.delivered_at.is_some()).count(), 8);
     }
 
     fn ids(bites: &[Vec<Outcome>]) -> Vec<Vec<i64>> {

@@ -5,6 +5,11 @@ use crate::store::{StoreError, Trouble};
 /// What to do where a pooler keeps us from having a session.
 pub(super) const POOLER_REMEDY: &str = "a pooler (PgBouncer) needs OUTBOX_TRANSACTION_POOLING=true, no options in DATABASE_URL, and a direct DATABASE_URL to migrate";
 
+/// What was written has not reached its rows, although they are there.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Unreached(pub String);
+
 /// The one place where an error of the database gets its meaning.
 pub(super) fn classify(error: &sqlx::Error) -> StoreError {
     let (trouble, sentence) = match error {
@@ -18,6 +23,9 @@ pub(super) fn classify(error: &sqlx::Error) -> StoreError {
         }
         sqlx::Error::Tls(cause) => {
             (Trouble::Configuration, format!("TLS failed: {}", first_line(&cause.to_string())))
+        }
+        sqlx::Error::Configuration(cause) if cause.is::<Unreached>() => {
+            (Trouble::Rejected, cause.to_string())
         }
         sqlx::Error::Configuration(cause) => (Trouble::Configuration, first_line(&cause.to_string())),
         sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::config::Settings;
 use decode::Decoder;
+use error::Unreached;
 use session::{Lane, Session, TableAccess, Unit};
 use sqlx::Row as _;
 use sqlx::postgres::PgRow;
@@ -404,7 +405,7 @@ fn expect_none_unmarked(count: &PgRow, of: usize) -> Result<(), sqlx::Error> {
     let sentence = format!(
         "{unmarked} of {of} marks did not reach their rows; look for a trigger, a rule or row-level security on the outbox that keeps this login from changing them"
     );
-    Err(sqlx::Error::Configuration(sentence.into()))
+    Err(sqlx::Error::Configuration(Box::new(Unreached(sentence))))
 }
 
 fn attempts(count: u32) -> i32 {
