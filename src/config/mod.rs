@@ -155,6 +155,13 @@ impl Settings {
         !self.retention.is_zero()
     }
 
+    /// The defaults, with servers that nobody connects to.
+    #[cfg(test)]
+    pub fn plain() -> Self {
+        let servers = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
+        Sources::from_env(servers).and_then(|sources| Self::resolve(&sources)).expect("valid")
+    }
+
     /// Checks every setting on its own, then those that depend on each other.
     pub fn resolve(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Self {

@@ -173,11 +173,9 @@ impl Routes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Sources;
 
     fn routes_of(retry_min: Duration, retry_max: Duration, max_in_flight: usize) -> Routes {
-        let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
-        let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
+        let settings = Settings::plain();
         Routes::new(&Settings { retry_min, retry_max, max_in_flight, max_in_flight_bytes: 1000, ..settings })
     }
 

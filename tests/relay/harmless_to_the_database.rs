@@ -42,12 +42,7 @@ async fn an_open_transaction_elsewhere_stalls_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiting_row_that_somebody_has_locked_stalls_nothing() {
     let world = World::new().await;
-    world
-        .sql("insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)")
-        .await;
-    let relay = world.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
-    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
-    world.until("select count(*) from outbox where attempts > 0", 20).await;
+    let relay = world.relay_with_parked_rows(20).await;
     let mut other = world.db().await;
     let mut transaction = other.begin().await.expect("begin");
     let lock = "select from outbox where id = (select max(id) from outbox) for update";

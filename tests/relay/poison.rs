@@ -94,13 +94,9 @@ async fn a_row_above_the_budget_is_sent_beside_parked_routes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_above_the_budget_is_sent_beside_rows_that_cannot_be_marked() {
     let world = World::new().await;
+    world.reject_updates("old.id <= 3", "raise 'not this one'").await;
     world
-        .sql(
-            "create function reject() returns trigger language plpgsql as
-             'begin if old.id <= 3 then raise ''not this one''; end if; return new; end';
-             create trigger reject before update on outbox for each row execute function reject();
-             insert into outbox (routing_key, payload) select 'ok.1', to_jsonb(repeat('x', 80000)) from generate_series(1, 3)",
-        )
+        .sql("insert into outbox (routing_key, payload) select 'ok.1', to_jsonb(repeat('x', 80000)) from generate_series(1, 3)")
         .await;
     let relay = world.relay(&[("OUTBOX_MAX_IN_FLIGHT_BYTES", "256KiB")]).await;
     eventually("they stand aside", async || {
@@ -123,17 +119,8 @@ async fn a_row_above_the_budget_is_sent_beside_rows_that_cannot_be_marked() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_route_works_again_although_its_probe_cannot_be_marked() {
     let world = World::new().await;
-    world
-        .sql(
-            "create function reject() returns trigger language plpgsql as
-             'begin if new.delivered_at is not null and old.id <= 10 then raise ''not this one''; end if; return new; end';
-             create trigger reject before update on outbox for each row execute function reject();
-             insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)",
-        )
-        .await;
-    let relay = world.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
-    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
-    world.until("select count(*) from outbox where attempts > 0", 20).await;
+    world.reject_updates("new.delivered_at is not null and old.id <= 10", "raise 'not this one'").await;
+    let relay = world.relay_with_parked_rows(20).await;
     world.sql("update outbox set available_at = available_at - interval '1 minute' where id <= 10").await;
     world.bind("lost.#").await;
     world.until("select count(*) from outbox where delivered_at is not null", 10).await;
@@ -147,12 +134,7 @@ async fn a_route_works_again_although_its_probe_cannot_be_marked() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waiting_rows_that_cannot_be_made_due_stop_nothing() {
     let world = World::new().await;
-    world
-        .sql("insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)")
-        .await;
-    let relay = world.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
-    eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
-    world.until("select count(*) from outbox where attempts > 0", 20).await;
+    let relay = world.relay_with_parked_rows(20).await;
     world.sql("alter table outbox add constraint never_refused check (delivered_at is not null or attempts = 0) not valid").await;
     world.bind("lost.#").await;
     let delivered = "select count(*) from outbox where delivered_at is not null";

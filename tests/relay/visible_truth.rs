@@ -76,19 +76,13 @@ async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
 /// go on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_whose_mark_is_rejected_holds_up_no_other() {
-    others_go_on("raise ''not this one''", "not this one").await;
+    others_go_on("raise 'not this one'", "not this one").await;
     others_go_on("return null", "1 of 1 marks did not reach their rows").await;
 }
 
 async fn others_go_on(reject: &str, reason: &str) {
     let world = World::new().await;
-    world
-        .sql(&format!(
-            "create function reject() returns trigger language plpgsql as
-             'begin if old.id in (5, 50) then {reject}; end if; return new; end';
-             create trigger reject before update on outbox for each row execute function reject()"
-        ))
-        .await;
+    world.reject_updates("old.id in (5, 50)", reject).await;
     world.write(100, 10).await;
     let relay = world.relay(&[]).await;
     let delivered = "select count(*) from outbox where delivered_at is not null";
@@ -115,6 +109,8 @@ async fn others_go_on(reject: &str, reason: &str) {
     world.until(delivered, 298).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
+    let repeats = world.queue_depth().await as f64 - 300.0;
+    assert_eq!(relay.metric("possible_duplicates_total").await, repeats, "as many as were given away");
     for replica in [relay, second] {
         replica.ready().await;
         assert_eq!(replica.health().await.unmarked, None);

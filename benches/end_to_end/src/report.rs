@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::usage::memory_bytes;
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -169,6 +169,8 @@ impl Report {
         );
         for measured in &self.measures {
             if let Some(failure) = &measured.failure {
+                // A cell is one line.
+                let failure = failure.replace(['\n', '|'], " ");
                 let _ = writeln!(text, "| {} | failed: {failure} | | | | | |", measured.name);
             }
             for (place, figure) in measured.figures.iter().enumerate() {
@@ -223,19 +225,19 @@ fn digits(value: f64) -> String {
     }
 }
 
-/// The commit of these sources, asked before anything is written among them, if the relay was built of them.
-pub fn commit(relay: &Path) -> String {
-    let root = Path::new(SOURCES).ancestors().nth(2);
-    if root.is_none_or(|root| !relay.starts_with(root)) {
-        return "unknown".to_owned();
+/// The commit of these sources, asked before anything is written among them, if the relay was built of them: then it lies
+/// beside this program.
+pub fn commit(relay: &Path) -> Result<String> {
+    if relay.parent() != std::env::current_exe()?.parent() {
+        return Ok("unknown".to_owned());
     }
     let git = |words: &[&str]| said(&[&["git", "-C", SOURCES], words].concat());
     let commit = git(&["rev-parse", "--short", "HEAD"]);
-    match (commit.is_empty(), git(&["status", "--porcelain"]).is_empty()) {
+    Ok(match (commit.is_empty(), git(&["status", "--porcelain"]).is_empty()) {
         (true, _) => "unknown".to_owned(),
         (false, true) => commit,
         (false, false) => commit + ", changed",
-    }
+    })
 }
 
 /// A folder for a run that is to be kept.
@@ -251,11 +253,11 @@ pub fn prepare(dir: &Path) -> Result<()> {
 }
 
 /// A folder of which only the last run is wanted.
-pub fn prepare_again(dir: &Path) -> Result<PathBuf> {
+pub fn clear(dir: &Path) -> Result<()> {
     for name in [TABLE, JSON, PLOT] {
         let _ = std::fs::remove_file(dir.join(name));
     }
-    begin(dir).map(|()| dir.to_owned())
+    begin(dir)
 }
 
 /// Now, since it would be late to find after an hour that nothing can be written there.

@@ -28,13 +28,18 @@ const LAST: &str = "last";
 /// Runs and prints.
 pub async fn run(options: Options) -> Result<()> {
     let begun = Instant::now();
-    let commit = report::commit(&options.relay);
-    let dir = match &options.save {
-        Some(dir) => report::prepare(dir).map(|()| dir.clone())?,
-        None => report::prepare_again(&options.dir.join(LAST))?,
-    };
+    let commit = report::commit(&options.relay)?;
+    if let Some(dir) = &options.save {
+        report::prepare(dir)?;
+    }
     println!("{} measures; starting a Postgres and a RabbitMQ …", options.measures.len());
     let stand = Stand::start(&options.services, &options.relay, &options.dir).await?;
+    let last = options.dir.join(LAST);
+    let dir = options.save.as_ref().unwrap_or(&last);
+    if options.save.is_none() {
+        // Not before the folder is ours: another benchmark may write there.
+        report::clear(dir)?;
+    }
     let mut report = Report::new(&stand, &options, commit)?;
     let mut ceilings = Ceilings::new(options.quick);
     let mut saved = Ok(());
@@ -49,7 +54,7 @@ pub async fn run(options: Options) -> Result<()> {
         report.trials.append(&mut ceilings.take_tried());
         report.seconds = begun.elapsed().as_secs_f64();
         // Now, since a run takes long and may be ended before its end.
-        saved = report::save(&report, &dir);
+        saved = report::save(&report, dir);
     }
     print!("\n{}", report.table());
     saved.with_context(|| format!("the results are not saved in {}", dir.display()))?;

@@ -108,7 +108,7 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    /// A shard goes to others while rows of it are sent and not marked.
+    /// A shard is given back while rows of it are sent and not marked.
     pub(super) fn tell_repeats(&self, lease: Lease) {
         let repeats = |row: &&InFlight| row.lease == lease && row.aside == Some(Way::Delivered);
         let rows = self.in_flight.values().filter(repeats).count();
@@ -117,7 +117,7 @@ impl<S: Store> Poll<S> {
             tracing::warn!(
                 shard = lease.shard,
                 rows,
-                "a shard goes to another replica with rows that were sent and cannot be marked; they will be sent again"
+                "a shard is given back with rows that were sent and cannot be marked; who has it next sends them again"
             );
         }
     }
@@ -145,7 +145,7 @@ impl<S: Store> Poll<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Settings, Sources};
+    use crate::config::Settings;
     use crate::ownership::Holdings;
     use crate::pipeline::poll::{Ends, Rested};
     use crate::sink::SinkState;
@@ -167,8 +167,6 @@ mod tests {
     }
 
     fn stage() -> Stage {
-        let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
-        let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
         let (workers, received): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel(10)).unzip();
         let (settled, settled_in) = mpsc::channel(10);
         let (sink, sink_in) = watch::channel(SinkState::Ready);
@@ -185,7 +183,7 @@ mod tests {
         let metrics = Arc::new(Metrics::default());
         let board = Arc::new(Board::new(Arc::clone(&metrics)));
         let pulse = Pulses::default().start("poll");
-        let poll = Poll::new(ends, &settings, CancellationToken::new(), board, pulse, metrics);
+        let poll = Poll::new(ends, &Settings::plain(), CancellationToken::new(), board, pulse, metrics);
         Stage { poll, holdings, _workers: received, _settled: settled, _sink: sink, _drained: drained_in }
     }
 

@@ -248,39 +248,8 @@ fn waits_of(outcome: &Outcome) -> Option<Arc<str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::Fault;
-    use crate::store::{Lease, Route};
+    use crate::pipeline::settle::tests::{delivered, released, wait};
     use std::collections::BTreeSet;
-    use std::time::Duration;
-    use uuid::Uuid;
-
-    fn outcome(id: i64, end: End) -> Outcome {
-        Outcome { id, message_id: Uuid::nil(), lease: Lease::default(), end }
-    }
-
-    fn delivered(id: i64) -> Outcome {
-        outcome(id, End::Delivered { created_at_micros: 0 })
-    }
-
-    fn wait(id: i64, key: &str) -> Outcome {
-        let route = Arc::new(Route { exchange: String::new(), routing_key: String::new() });
-        let (fault, wait) = (Fault::Unroutable, Duration::ZERO);
-        outcome(
-            id,
-            End::Wait {
-                key: Some(key.into()),
-                route,
-                fault,
-                attempts: 1,
-                wait,
-                reason: "refused".to_owned(),
-            },
-        )
-    }
-
-    fn released(id: i64, key: &str) -> Outcome {
-        outcome(id, End::Released { key: Some(key.into()) })
-    }
 
     fn error() -> StoreError {
         StoreError { trouble: Trouble::Rejected, sentence: "no".to_owned() }

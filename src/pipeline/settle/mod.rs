@@ -337,7 +337,6 @@ pub fn settlement(outcomes: &[Outcome]) -> Settlement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Sources;
     use crate::pipeline::Way;
     use crate::sink::Fault;
     use crate::store::memory::{MemoryStore, plain_row};
@@ -349,8 +348,22 @@ mod tests {
         Outcome { id, message_id: row.message_id, lease: row.lease, end }
     }
 
+    pub(super) fn delivered(id: i64) -> Outcome {
+        outcome(id, End::Delivered { created_at_micros: 0 })
+    }
+
+    pub(super) fn wait(id: i64, key: &str) -> Outcome {
+        let (key, route, reason) = (Some(key.into()), plain_row(id).route, "refused".to_owned());
+        let (fault, wait) = (Fault::Unroutable, Duration::ZERO);
+        outcome(id, End::Wait { key, route, fault, attempts: 1, wait, reason })
+    }
+
+    pub(super) fn released(id: i64, key: &str) -> Outcome {
+        outcome(id, End::Released { key: Some(key.into()) })
+    }
+
     fn outcomes(ids: impl Iterator<Item = i64>) -> Vec<Outcome> {
-        ids.map(|id| outcome(id, End::Delivered { created_at_micros: 0 })).collect()
+        ids.map(delivered).collect()
     }
 
     /// A stage that runs, and what it is connected to.
@@ -363,15 +376,13 @@ mod tests {
 
     impl Stage {
         fn start(store: &MemoryStore) -> Self {
-            let env = [("DATABASE_URL", "postgres://unused"), ("AMQP_URL", "amqp://unused")];
-            let settings = Settings::resolve(&Sources::from_env(env).unwrap()).unwrap();
             let (input, outcomes) = mpsc::channel(10);
             let (settled, output) = mpsc::channel(1000);
             let ends = Ends { input: outcomes, output: settled, store: Arc::new(store.clone()) };
             let (cut, metrics) = (CancellationToken::new(), Arc::new(Metrics::default()));
             let board = Arc::new(Board::new(Arc::clone(&metrics)));
             let pulse = Pulses::default().start("settle");
-            let settle = Settle::new(ends, &settings, cut.clone(), board, pulse, metrics);
+            let settle = Settle::new(ends, &Settings::plain(), cut.clone(), board, pulse, metrics);
             Self { input, output, cut, ended: tokio::spawn(settle.run()) }
         }
 
@@ -412,20 +423,11 @@ mod tests {
     /// They would be read again at once, only to come back, as long as nothing in the table holds them back.
     #[tokio::test(start_paused = true)]
     async fn rows_behind_one_that_is_locked_stay_with_it_however_many() {
-        let (store, key) = (stored(1), Arc::<str>::from("k"));
+        let store = stored(1);
         store.lock_rows([1]);
         let mut stage = Stage::start(&store);
-        let wait = End::Wait {
-            key: Some(Arc::clone(&key)),
-            route: plain_row(1).route,
-            fault: Fault::Unroutable,
-            attempts: 1,
-            wait: Duration::ZERO,
-            reason: "refused".to_owned(),
-        };
-        let behind =
-            (2..APART_FROM as i64 + 2).map(|id| outcome(id, End::Released { key: Some(Arc::clone(&key)) }));
-        stage.input.send([outcome(1, wait)].into_iter().chain(behind).collect()).await.unwrap();
+        let behind = (2..APART_FROM as i64 + 2).map(|id| released(id, "k"));
+        stage.input.send([wait(1, "k")].into_iter().chain(behind).collect()).await.unwrap();
         let aside = stage.settled().await;
         assert_eq!(aside.len(), 1 + APART_FROM);
         assert!(aside.iter().all(|settled| matches!(settled.fate, Fate::Aside(Way::Unsent))), "{aside:?}");

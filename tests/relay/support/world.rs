@@ -420,6 +420,26 @@ impl World {
         RunningRelay::start(resolve(&self.pairs(extra))).await
     }
 
+    /// A relay that has parked the route `lost.1`; so many rows of it wait for an hour.
+    pub async fn relay_with_parked_rows(&self, rows: i64) -> RunningRelay {
+        let fill = "insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, ";
+        self.sql(&format!("{fill}{rows})")).await;
+        let relay = self.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
+        eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
+        self.until("select count(*) from outbox where attempts > 0", rows).await;
+        relay
+    }
+
+    /// A trigger of somebody's, `reject`: before an update of such rows it does something else.
+    pub async fn reject_updates(&self, of: &str, instead: &str) {
+        self.sql(&format!(
+            "create function reject() returns trigger language plpgsql as
+             $$ begin if {of} then {instead}; end if; return new; end $$;
+             create trigger reject before update on outbox for each row execute function reject()"
+        ))
+        .await;
+    }
+
     /// A relay as a process of its own.
     pub async fn process(&self, extra: &[(&str, &str)]) -> RelayProcess {
         RelayProcess::start(&self.pairs(extra)).await
