@@ -3,7 +3,7 @@
 //! statement took.
 
 use crate::ownership::Holdings;
-use crate::retry::{Delays, Rest};
+use crate::retry::{Delays, Rest, WALK_REST};
 use crate::store::{Bite, Census, Store, StoreError, Trouble};
 use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
 use std::sync::Arc;
@@ -83,44 +83,66 @@ pub async fn purge<S: Store>(
     pulse: Pulse,
     stop: CancellationToken,
 ) {
-    let interval = (retention / 10).clamp(PASS_MIN, PASS_MAX);
+    let interval = pass_interval(retention);
     let passes = async {
+        let (mut rest, mut failing) = (interval, false);
         loop {
-            pulse.beat_during(tokio::time::sleep(interval)).await;
+            pulse.beat_during(tokio::time::sleep(rest)).await;
+            rest = interval;
             // One replica is enough: the owner of the first shard.
-            let mine = holdings.borrow().leases().first().is_some_and(|lease| lease.shard == 0);
-            if mine {
-                pulse.beat_during(pass(&*store, retention, &metrics)).await;
+            if holdings.borrow().leases().first().is_none_or(|lease| lease.shard != 0) {
+                continue;
+            }
+            let (in_vain, ended) = pulse.beat_during(pass(&*store, retention, &metrics)).await;
+            rest = interval.max(WALK_REST.after(in_vain));
+            let was_failing = std::mem::replace(&mut failing, ended.is_err());
+            if let Err(error) = ended
+                && !was_failing
+            {
+                let reason = error.sentence;
+                tracing::warn!(reason, "cannot delete rows after their retention; trying again later");
             }
         }
     };
     let _ = stop.run_until_cancelled(passes).await;
 }
 
+/// Without a retention there are only rows of earlier settings.
+fn pass_interval(retention: Duration) -> Duration {
+    if retention.is_zero() { PASS_MAX } else { (retention / 10).clamp(PASS_MIN, PASS_MAX) }
+}
+
 /// One pass over the delivered rows in id order. Rows are delivered nearly in id order, so after some
-/// bites in which nothing had expired, what lies behind is younger still.
-async fn pass<S: Store>(store: &S, retention: Duration, metrics: &Metrics) {
-    let (mut after, mut in_vain) = (i64::MIN, 0);
-    while in_vain < BITES_IN_VAIN {
+/// bites in which nothing had expired, what lies behind is younger still. Tells how long statements have looked in vain:
+/// where no delivered row is left, all that are pending are walked over.
+async fn pass<S: Store>(
+    store: &S,
+    retention: Duration,
+    metrics: &Metrics,
+) -> (Duration, Result<(), StoreError>) {
+    let (mut after, mut bites_in_vain, mut in_vain) = (i64::MIN, 0, Duration::ZERO);
+    while bites_in_vain < BITES_IN_VAIN {
         let started = Instant::now();
-        let Bite { looked_at, purged, last_id } = match store.purge(after, BITE_ROWS, retention).await {
+        let bitten = store.purge(after, BITE_ROWS, retention).await;
+        let took = started.elapsed();
+        let Bite { looked_at, purged, last_id } = match bitten {
             Ok(bite) => bite,
-            Err(error) => {
-                tracing::warn!(
-                    reason = error.sentence,
-                    "cannot delete rows after their retention; trying again later"
-                );
-                return;
-            }
+            Err(error) => return (in_vain + took, Err(error)),
         };
         metrics.purged.inc_by(purged);
         if looked_at < BITE_ROWS as u64 {
-            return;
+            return (in_vain + took, Ok(()));
         }
-        in_vain = if purged == 0 { in_vain + 1 } else { 0 };
+        if purged > 0 {
+            bites_in_vain = 0;
+        } else {
+            bites_in_vain += 1;
+            in_vain += took;
+        }
         after = last_id;
-        tokio::time::sleep(started.elapsed() * BITE_REST).await;
+        tokio::time::sleep(took * BITE_REST).await;
     }
+    (in_vain, Ok(()))
 }
 
 #[cfg(test)]

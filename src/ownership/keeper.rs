@@ -145,11 +145,18 @@ impl<S: LeaseTable> Keeper<S> {
         self.board.database_up(DatabaseUser::Leases);
         let held = standing.leases.len() as u32;
         let to_take = standing.free > 0 && held < standing.quota;
-        let to_give = held > self.part(&standing);
-        if !standing.member || to_take || to_give {
+        if !standing.member || to_take || self.has_to_give(held, self.part(&standing)) {
             return self.renew().await;
         }
         Ok(())
+    }
+
+    /// More than its part is held, and a renewal would change that: what leaves already goes when it is drained, or undrained
+    /// where that is hopeless.
+    fn has_to_give(&self, held: u32, part: u32) -> bool {
+        let leaving = self.holdings.borrow().leaving().len() as u32;
+        let undrained = leaving > 0 && self.away_for() >= self.terms.give_way_after;
+        held.saturating_sub(leaving) > part || undrained
     }
 
     async fn renew(&mut self) -> Result<(), StoreError> {
@@ -283,5 +290,48 @@ impl<S: LeaseTable> Keeper<S> {
 
     fn kept(&self, reason: &str) {
         tracing::warn!(reason, "leases could not be given back; others can take them when they have run out");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+    use crate::telemetry::Pulses;
+    use uuid::Uuid;
+
+    /// Which may be long, where a message of it waits for its confirm. A renewal is a lock that all replicas share.
+    #[tokio::test]
+    async fn a_shard_that_cannot_be_drained_costs_looks_and_no_renewals() {
+        let store = MemoryStore::default();
+        let (holdings, _) = watch::channel(Holdings::none(Uuid::from_u128(1), 4));
+        let (_drain, drained) = mpsc::channel(10);
+        let (_connect, sink) = watch::channel(SinkState::Ready);
+        let ends = Ends {
+            store: Arc::new(store.clone()),
+            holdings: Arc::new(holdings),
+            drained,
+            sink,
+            stopping: CancellationToken::new(),
+        };
+        let metrics = Arc::new(Metrics::default());
+        let board = Arc::new(Board::new(Arc::clone(&metrics)));
+        let mut keeper =
+            Keeper::new(ends, &Settings::plain(), board, Pulses::default().start("leases"), metrics);
+        keeper.note_broker();
+        let other = Member { replica: Uuid::from_u128(2), ready: true, ..keeper.member };
+        for _ in 0..2 {
+            keeper.turn().await.unwrap();
+        }
+        assert_eq!(keeper.holdings.borrow().leases().len(), 4);
+        store.renew(other, &[]).await.unwrap();
+        keeper.turn().await.unwrap();
+        assert_eq!(keeper.holdings.borrow().leaving().len(), 2);
+        let renewed = keeper.renewed;
+        keeper.turn().await.unwrap();
+        assert_eq!(keeper.renewed, renewed, "nothing has changed");
+        keeper.empty.extend(keeper.holdings.borrow().leaving());
+        keeper.turn().await.unwrap();
+        assert_eq!(keeper.holdings.borrow().leases().len(), 2);
     }
 }

@@ -12,6 +12,8 @@ pub struct Keys {
     in_flight: HashMap<Arc<str>, usize>,
     /// Workers that hold a key, once for each refusal, until nothing of it is in flight.
     held: HashMap<Arc<str>, Vec<usize>>,
+    /// Rows of held keys that were read, and are not to be asked for again before their keys go on.
+    early: HashMap<i64, Arc<str>>,
 }
 
 impl Keys {
@@ -41,17 +43,29 @@ impl Keys {
         self.held.entry(key).or_default().push(worker);
     }
 
-    /// No row of this key may be read now.
+    /// No row of this key may be sent now.
     pub fn is_held(&self, key: &str) -> bool {
-        !self.held.is_empty() && self.held.contains_key(key)
+        self.held.contains_key(key)
+    }
+
+    /// A row of a held key was read.
+    pub fn came_early(&mut self, id: i64, key: Arc<str>) {
+        self.early.insert(id, key);
+    }
+
+    /// Rows that are not to be asked for now.
+    pub fn early(&self) -> impl ExactSizeIterator<Item = i64> {
+        self.early.keys().copied()
     }
 
     /// The workers that may take this key again, because nothing of it is in flight any more.
     pub fn take_resumed(&mut self, key: &Arc<str>) -> Vec<usize> {
-        if self.held.is_empty() || self.in_flight.contains_key(key) {
+        if self.in_flight.contains_key(key) {
             return Vec::new();
         }
-        self.held.remove(key).unwrap_or_default()
+        let Some(workers) = self.held.remove(key) else { return Vec::new() };
+        self.early.retain(|_, early| early != key);
+        workers
     }
 }
 
@@ -70,6 +84,19 @@ mod tests {
         keys.settled(&key);
         assert_eq!(keys.take_resumed(&key), [3]);
         assert!(!keys.is_held("k"));
+    }
+
+    #[test]
+    fn rows_that_came_early_are_asked_for_when_their_key_goes_on() {
+        let (mut keys, key, other) = (Keys::default(), Arc::<str>::from("k"), Arc::<str>::from("other"));
+        keys.refused(Arc::clone(&key), 0);
+        keys.refused(Arc::clone(&other), 0);
+        keys.came_early(1, Arc::clone(&key));
+        keys.came_early(2, Arc::clone(&other));
+        keys.take_resumed(&key);
+        assert_eq!(keys.early().collect::<Vec<_>>(), [2]);
+        keys.take_resumed(&other);
+        assert_eq!(keys.early().len(), 0);
     }
 
     #[test]

@@ -3,9 +3,13 @@
 //!
 //! A parked route costs one message per probe however many rows wait for it. New rows of a parked
 //! route are still tried once each, so that every waiting row carries its own reason. Owned by `poll`.
+//!
+//! A route that gives no answer costs a whole confirm time-out per probe, and keeps the probe's shard from being handed
+//! over meanwhile. So such routes are tried one after the other, each with a long rest, and others do not pay for that.
 
 use crate::config::Settings;
 use crate::retry::{Backoff, Rest};
+use crate::sink::Fault;
 use crate::store::Route;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +23,8 @@ pub(super) const ROUTES_MAX: usize = 1024;
 const PROBE_MAX: Duration = Duration::from_secs(5);
 /// The part of all places, and of all bytes, that probes may take: those without an answer keep theirs for long.
 const PROBES_PART: usize = 4;
-/// A probe that took long, because no answer came, is followed by this many times its duration of rest.
+/// A probe is followed by this many times its duration of rest: that of its statement, which may have walked over much, or
+/// all the time without an answer.
 const PROBE_REST: Rest = Rest { times: 10, at_most: Duration::from_secs(300) };
 
 /// Routes that have refused a message since their last success.
@@ -36,17 +41,25 @@ struct Refusing {
     refusals: u32,
     /// The log has it.
     told: bool,
+    /// The last refusal was that no answer came.
+    silent: bool,
     probes: u32,
     next_probe: Instant,
-    /// A probe is on its way.
-    probing_since: Option<Instant>,
-    /// Bytes of the last one.
-    probe_bytes: usize,
+    /// On its way.
+    probe: Option<Probe>,
+}
+
+#[derive(Debug)]
+struct Probe {
+    since: Instant,
+    /// Its statement took so long, if it is over.
+    read_in: Option<Duration>,
+    bytes: usize,
 }
 
 impl Refusing {
     fn new(now: Instant) -> Self {
-        Self { refusals: 0, told: false, probes: 0, next_probe: now, probing_since: None, probe_bytes: 0 }
+        Self { refusals: 0, told: false, silent: false, probes: 0, next_probe: now, probe: None }
     }
 
     fn parked(&self) -> bool {
@@ -54,7 +67,15 @@ impl Refusing {
     }
 
     fn waits_for_probe(&self) -> bool {
-        self.parked() && self.probing_since.is_none()
+        self.parked() && self.probe.is_none()
+    }
+
+    /// The rest that a probe which ends now is followed by. What it waited for others is not its own time.
+    fn end_probe(&mut self, now: Instant) -> Duration {
+        let took = self.probe.take().map_or(Duration::ZERO, |probe| {
+            probe.read_in.filter(|_| !self.silent).unwrap_or_else(|| now - probe.since)
+        });
+        PROBE_REST.after(took)
     }
 }
 
@@ -79,7 +100,7 @@ impl Routes {
     }
 
     /// A message was refused by its destination; `probe` says that it was sent to try the route.
-    pub fn refused(&mut self, route: &Arc<Route>, probe: bool, now: Instant) -> Parking {
+    pub fn refused(&mut self, route: &Arc<Route>, fault: Fault, probe: bool, now: Instant) -> Parking {
         if !self.refusing.contains_key(route) && self.refusing.len() >= ROUTES_MAX {
             return Parking::Unchanged;
         }
@@ -87,11 +108,10 @@ impl Routes {
         let state = self.refusing.entry(Arc::clone(route)).or_insert_with(|| Refusing::new(now));
         let was_parked = state.parked();
         state.refusals = state.refusals.saturating_add(1);
+        state.silent = fault == Fault::Silence;
         if probe {
             state.probes = state.probes.saturating_add(1);
-            let pause = backoff.delay(state.probes);
-            let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
-            state.next_probe = now + pause.max(PROBE_REST.after(took));
+            state.next_probe = now + backoff.delay(state.probes).max(state.end_probe(now));
         }
         if was_parked || !state.parked() {
             return Parking::Unchanged;
@@ -120,9 +140,7 @@ impl Routes {
     /// A probe came back unsent; another may go.
     pub fn probe_released(&mut self, route: &Route, now: Instant) {
         if let Some(state) = self.refusing.get_mut(route) {
-            // One that could not be read in time has walked over much.
-            let took = state.probing_since.take().map_or(Duration::ZERO, |since| now - since);
-            state.next_probe = now + self.probe.min.max(PROBE_REST.after(took));
+            state.next_probe = now + self.probe.min.max(state.end_probe(now));
         }
     }
 
@@ -138,34 +156,38 @@ impl Routes {
 
     /// When the next route is due for a probe, if none is on its way there and not too many are elsewhere.
     pub fn next_probe(&self) -> Option<Instant> {
-        if !self.may_probe() {
-            return None;
-        }
-        self.refusing.values().filter(|state| state.waits_for_probe()).map(|state| state.next_probe).min()
+        self.next_to_probe().map(|(_, state)| state.next_probe)
     }
 
     /// Takes the route that has been due for a probe for longest and notes that one is on its way.
     pub fn take_due_probe(&mut self, now: Instant) -> Option<Arc<Route>> {
-        if !self.may_probe() {
-            return None;
-        }
-        let due =
-            self.refusing.iter_mut().filter(|(_, state)| state.waits_for_probe() && state.next_probe <= now);
-        let (route, state) = due.min_by_key(|(_, state)| state.next_probe)?;
-        (state.probing_since, state.probe_bytes) = (Some(now), 0);
-        Some(Arc::clone(route))
+        let (route, _) = self.next_to_probe().filter(|(_, state)| state.next_probe <= now)?;
+        let route = Arc::clone(route);
+        let state = self.refusing.get_mut(&route)?;
+        state.probe = Some(Probe { since: now, read_in: None, bytes: 0 });
+        Some(route)
     }
 
     /// The probe that was taken is so large.
-    pub fn probe_sent(&mut self, route: &Route, bytes: usize) {
-        if let Some(state) = self.refusing.get_mut(route) {
-            state.probe_bytes = bytes;
+    pub fn probe_sent(&mut self, route: &Route, bytes: usize, now: Instant) {
+        if let Some(probe) = self.refusing.get_mut(route).and_then(|state| state.probe.as_mut()) {
+            (probe.bytes, probe.read_in) = (bytes, Some(now - probe.since));
         }
     }
 
+    fn next_to_probe(&self) -> Option<(&Arc<Route>, &Refusing)> {
+        if !self.may_probe() {
+            return None;
+        }
+        let one_is_silent = self.refusing.values().any(|state| state.silent && state.probe.is_some());
+        let in_turn = |state: &Refusing| state.waits_for_probe() && !(state.silent && one_is_silent);
+        let waiting = self.refusing.iter().filter(|(_, state)| in_turn(state));
+        waiting.min_by_key(|(_, state)| state.next_probe)
+    }
+
     fn may_probe(&self) -> bool {
-        let on_their_way = || self.refusing.values().filter(|state| state.probing_since.is_some());
-        let bytes: usize = on_their_way().map(|state| state.probe_bytes).sum();
+        let on_their_way = || self.refusing.values().filter_map(|state| state.probe.as_ref());
+        let bytes: usize = on_their_way().map(|probe| probe.bytes).sum();
         on_their_way().count() < self.probes_max && bytes < self.probe_bytes_max
     }
 }
@@ -187,11 +209,11 @@ mod tests {
     fn a_route_is_parked_probed_and_released() {
         let (mut routes, route, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
-        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
-        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Unchanged);
         assert!(!routes.is_to_be_told(&route), "not parked yet");
-        assert_eq!(routes.refused(&route, false, now), Parking::Parked);
-        assert_eq!(routes.refused(&route, false, now), Parking::Unchanged);
+        assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Parked);
+        assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Unchanged);
         assert_eq!(routes.parked(), [Arc::clone(&route)]);
         assert!(
             routes.is_to_be_told(&route) && !routes.is_to_be_told(&route),
@@ -203,9 +225,9 @@ mod tests {
         assert_eq!(routes.take_due_probe(later), Some(Arc::clone(&route)));
         assert_eq!(routes.take_due_probe(later), None, "one probe at a time");
         assert_eq!(routes.next_probe(), None);
-        routes.refused(&route, false, later);
+        routes.refused(&route, Fault::Unroutable, false, later);
         assert_eq!(routes.take_due_probe(later + PROBE_MAX), None, "only its own end ends a probe");
-        routes.refused(&route, true, later);
+        routes.refused(&route, Fault::Unroutable, true, later);
         assert_eq!(routes.take_due_probe(later), None, "a refused probe waits again");
         assert_eq!(routes.take_due_probe(later + PROBE_MAX), Some(Arc::clone(&route)));
         assert!(routes.delivered(&route));
@@ -217,32 +239,86 @@ mod tests {
         let (mut routes, route, mut now) =
             (routes_of(Duration::from_secs(1), Duration::from_secs(3600), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
-            routes.refused(&route, false, now);
+            routes.refused(&route, Fault::Unroutable, false, now);
         }
         for _ in 0..50 {
             now += PROBE_MAX;
             assert!(routes.take_due_probe(now).is_some());
-            routes.refused(&route, true, now);
+            routes.refused(&route, Fault::Unroutable, true, now);
         }
     }
 
     #[test]
-    fn a_probe_that_took_long_is_followed_by_a_longer_rest_of_bounded_length() {
+    fn a_probe_without_an_answer_is_followed_by_a_longer_rest_of_bounded_length() {
         let (mut routes, route, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..PARK_AFTER {
-            routes.refused(&route, false, now);
+            routes.refused(&route, Fault::Silence, false, now);
         }
         let sent = now + PROBE_MAX;
         assert!(routes.take_due_probe(sent).is_some());
+        routes.probe_sent(&route, 1, sent);
         let answered = sent + Duration::from_secs(30);
-        routes.refused(&route, true, answered);
+        routes.refused(&route, Fault::Silence, true, answered);
         assert!(routes.take_due_probe(answered + Duration::from_secs(299)).is_none());
         let sent = answered + Duration::from_secs(300);
         assert!(routes.take_due_probe(sent).is_some());
         let answered = sent + Duration::from_secs(3600);
-        routes.refused(&route, true, answered);
+        routes.refused(&route, Fault::Silence, true, answered);
         assert!(routes.take_due_probe(answered + PROBE_REST.at_most).is_some());
+    }
+
+    /// Its answer came at once; only its turn was late, behind a probe of a silent route.
+    #[test]
+    fn a_probe_that_waited_for_its_turn_is_followed_by_the_next_as_soon_as_ever() {
+        let (mut routes, route, now) =
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+        for _ in 0..PARK_AFTER {
+            routes.refused(&route, Fault::Unroutable, false, now);
+        }
+        let mut sent = now + PROBE_MAX;
+        for _ in 0..2 {
+            assert!(routes.take_due_probe(sent).is_some());
+            routes.probe_sent(&route, 1, sent + Duration::from_millis(100));
+            let answered = sent + Duration::from_secs(30);
+            routes.refused(&route, Fault::Unroutable, true, answered);
+            assert!(
+                routes.take_due_probe(answered + Duration::from_millis(999)).is_none(),
+                "ten times its statement"
+            );
+            sent = answered + PROBE_MAX;
+        }
+        assert!(routes.take_due_probe(sent).is_some());
+        routes.probe_sent(&route, 1, sent);
+        routes.probe_released(&route, sent + Duration::from_secs(30));
+        assert!(routes.take_due_probe(sent + Duration::from_secs(31)).is_some());
+    }
+
+    /// Each keeps its shard for a whole time-out, and so would those that wait behind it.
+    #[test]
+    fn silent_routes_are_probed_one_after_the_other_and_others_beside_them() {
+        let (mut routes, now) =
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
+        let named = |name: &str| Arc::new(Route { exchange: "x".to_owned(), routing_key: name.to_owned() });
+        let all = [
+            (named("a"), Fault::Silence),
+            (named("b"), Fault::Silence),
+            (named("c"), Fault::Unroutable),
+            (named("d"), Fault::Unroutable),
+        ];
+        for (route, fault) in &all {
+            for _ in 0..PARK_AFTER {
+                routes.refused(route, *fault, false, now);
+            }
+        }
+        let later = now + PROBE_MAX;
+        let taken: Vec<_> = std::iter::from_fn(|| routes.take_due_probe(later)).collect();
+        let silent: Vec<_> = all[..2].iter().filter(|(route, _)| taken.contains(route)).collect();
+        assert_eq!((taken.len(), silent.len()), (3, 1));
+        assert_eq!(routes.next_probe(), None, "nothing to wake up for");
+        routes.refused(&silent[0].0, Fault::Silence, true, later);
+        let other = routes.take_due_probe(later).expect("the other");
+        assert!(all[..2].iter().any(|(route, _)| *route == other) && other != silent[0].0);
     }
 
     /// Whatever order the table of routes has.
@@ -255,7 +331,7 @@ mod tests {
             .collect();
         for route in &all {
             for _ in 0..PARK_AFTER {
-                routes.refused(route, false, now);
+                routes.refused(route, Fault::Unroutable, false, now);
             }
         }
         now += PROBE_MAX;
@@ -263,7 +339,7 @@ mod tests {
         let mut probed = std::collections::HashSet::new();
         for _ in 0..2 * all.len() {
             let route = routes.take_due_probe(now).expect("one is due");
-            routes.refused(&route, true, now);
+            routes.refused(&route, Fault::Unroutable, true, now);
             probed.insert(route);
             now += PROBE_MAX / 10;
         }
@@ -277,14 +353,14 @@ mod tests {
         for n in 0..5 {
             let route = Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") });
             for _ in 0..PARK_AFTER {
-                routes.refused(&route, false, now);
+                routes.refused(&route, Fault::Unroutable, false, now);
             }
         }
         let later = now + PROBE_MAX;
         let first = routes.take_due_probe(later).expect("one is due");
         assert!(routes.take_due_probe(later).is_some() && routes.take_due_probe(later).is_none());
         assert_eq!(routes.next_probe(), None, "nothing to wake up for");
-        routes.refused(&first, true, later);
+        routes.refused(&first, Fault::Unroutable, true, later);
         assert!(routes.take_due_probe(later).is_some());
     }
 
@@ -293,8 +369,8 @@ mod tests {
         let (mut routes, route, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
         for _ in 0..10 {
-            routes.refused(&route, false, now);
-            routes.refused(&route, false, now);
+            routes.refused(&route, Fault::Unroutable, false, now);
+            routes.refused(&route, Fault::Unroutable, false, now);
             routes.delivered(&route);
         }
         assert!(routes.parked().is_empty());
@@ -309,17 +385,17 @@ mod tests {
             |number: usize| Arc::new(Route { exchange: "x".to_owned(), routing_key: number.to_string() });
         for number in 0..5 {
             for _ in 0..PARK_AFTER {
-                routes.refused(&route(number), false, now);
+                routes.refused(&route(number), Fault::Unroutable, false, now);
             }
         }
         let later = now + Duration::from_secs(60);
         let first = routes.take_due_probe(later).expect("one");
-        routes.probe_sent(&first, 200);
+        routes.probe_sent(&first, 200, later);
         let second = routes.take_due_probe(later).expect("room for a second");
-        routes.probe_sent(&second, 9000);
+        routes.probe_sent(&second, 9000, later);
         assert_eq!(routes.take_due_probe(later), None, "a quarter is taken");
         assert_eq!(routes.next_probe(), None, "nor is one waited for");
-        routes.refused(&second, true, later);
+        routes.refused(&second, Fault::Unroutable, true, later);
         assert!(routes.take_due_probe(later).is_some(), "it has ended");
     }
 }

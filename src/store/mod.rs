@@ -99,7 +99,7 @@ pub struct Ask<'a> {
     pub bytes: usize,
     /// Nothing else is in flight: a row larger than the whole budget may pass.
     pub room_for_any: bool,
-    /// Ids that are in flight and must not be returned again.
+    /// Ids that must not be returned: in flight, or to come after others that are.
     pub in_flight: &'a [i64],
     /// Rows of a key wait for a refused one before them.
     pub keep_order: bool,

@@ -79,6 +79,7 @@ pub struct Metrics {
     pub parked_routes: Gauge,
     pub in_flight: Gauge,
     pub in_flight_bytes: Gauge,
+    pub unmarked: Gauge,
     pub owned_shards: Gauge,
     pub replicas: Gauge,
     pub lease_epoch: Gauge,
@@ -117,6 +118,7 @@ impl Default for Metrics {
             parked_routes: Gauge::default(),
             in_flight: Gauge::default(),
             in_flight_bytes: Gauge::default(),
+            unmarked: Gauge::default(),
             owned_shards: Gauge::default(),
             replicas: Gauge::default(),
             lease_epoch: Gauge::default(),
@@ -228,6 +230,11 @@ impl Metrics {
             "in_flight_bytes",
             "Bytes of rows read and not settled",
             self.in_flight_bytes.clone(),
+        );
+        registry.register(
+            "unmarked_messages",
+            "Rows in flight whose end cannot be written for now",
+            self.unmarked.clone(),
         );
         registry.register("owned_shards", "Shards this replica publishes", self.owned_shards.clone());
         registry.register("replicas", "Replicas that live, this one included", self.replicas.clone());

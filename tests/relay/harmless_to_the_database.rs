@@ -20,6 +20,22 @@ async fn old_transaction(world: &World) -> PgConnection {
     connection
 }
 
+/// Where nothing is kept there is nothing to look for, and the only index that a look could use has all that is pending.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retention_of_zero_walks_over_no_backlog() {
+    let world = World::new().await;
+    world
+        .sql("insert into outbox (routing_key, payload, available_at) select 'ok.1', '{}', now() + interval '1 hour' from generate_series(1, 20000)")
+        .await;
+    let relay = world.relay(&[("OUTBOX_RETENTION", "0")]).await;
+    relay.ready().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let walked = "select idx_tup_read::bigint from pg_stat_user_indexes where indexrelname = 'outbox_pkey'";
+    assert_eq!(world.number(walked).await, 0);
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { pending: true, ..Allowed::default() }).await;
+}
+
 /// An open transaction in the same database, with a write of its own, stalls nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_open_transaction_elsewhere_stalls_nothing() {

@@ -97,6 +97,7 @@ async fn others_go_on(reject: &str, reason: &str) {
     let health = relay.health().await;
     assert_eq!((health.database.state.as_str(), health.reason.as_ref()), ("up", health.unmarked.as_ref()));
     assert_eq!(relay.metric("peer_up{peer=\"database\"}").await, 1.0);
+    assert_eq!(relay.metric("unmarked_messages").await, 2.0);
     world.write(100, 10).await;
     world.until(delivered, 198).await;
     assert_eq!(world.queue_depth().await, 200, "each was sent once");
@@ -114,6 +115,7 @@ async fn others_go_on(reject: &str, reason: &str) {
     for replica in [relay, second] {
         replica.ready().await;
         assert_eq!(replica.health().await.unmarked, None);
+        assert_eq!(replica.metric("unmarked_messages").await, 0.0);
         replica.stop().await.expect("clean stop");
     }
     world.finish(Allowed { duplicates: 2, rewinds: true, ..Allowed::default() }).await;

@@ -10,6 +10,8 @@ mod probing;
 mod reading;
 mod settling;
 mod sweep;
+#[cfg(test)]
+mod tests;
 mod watching;
 
 use super::gaps::{AGE, Gaps, HORIZON_IDS};

@@ -4,7 +4,8 @@
 use super::{Poll, unless_lost};
 use crate::pipeline::releases::Bite;
 use crate::pipeline::routes::Parking;
-use crate::store::{Route, Row, Share, Store, StoreError, Trouble};
+use crate::sink::Fault;
+use crate::store::{Route, Share, Store, StoreError, Trouble};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,12 +17,12 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    pub(super) fn route_refuses(&mut self, route: &Arc<Route>, reason: &str, probe: bool) {
+    pub(super) fn route_refuses(&mut self, route: &Arc<Route>, fault: Fault, reason: &str, probe: bool) {
         let now = Instant::now();
         // One that takes some and refuses some is not told of each time, but when it stays parked.
         let flaps = self.releases.is_recent(route, now);
         self.releases.postpone(route, now);
-        if self.routes.refused(route, probe, now) == Parking::Parked {
+        if self.routes.refused(route, fault, probe, now) == Parking::Parked {
             self.releases.end(route, Duration::ZERO, now);
         }
         if !flaps && self.routes.is_to_be_told(route) {
@@ -74,18 +75,18 @@ impl<S: Store> Poll<S> {
     /// Sends one waiting row of a parked route that is due for it.
     pub(super) async fn probe(&mut self) -> Result<(), StoreError> {
         let Some(route) = self.routes.take_due_probe(Instant::now()) else { return Ok(()) };
-        let in_flight = self.in_flight_unless(false);
+        let in_flight = self.not_wanted(false);
         let leases = self.leases();
         let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match unless_lost(self.pulse.beat_during(probe).await) {
-            // Later rows of its key are still on their way back.
-            Ok(Some(Some(Row { ordering_key: Some(key), .. }))) if self.keys.is_held(&key) => {
+            // The next one is another row.
+            Ok(Some(Some(row))) if self.is_early(&row) => {
                 self.routes.probe_released(&route, Instant::now());
             }
             Ok(Some(Some(row))) => {
                 let prober = self.prober();
-                self.routes.probe_sent(&route, row.bytes());
+                self.routes.probe_sent(&route, row.bytes(), Instant::now());
                 self.send(vec![row], prober).await;
             }
             Ok(Some(None)) if leases.len() == self.holdings.borrow().leases().len() => {
@@ -99,5 +100,42 @@ impl<S: Store> Poll<S> {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use crate::ownership::Holdings;
+    use crate::pipeline::poll::tests::stage_with;
+    use crate::store::Row;
+    use crate::store::memory::plain_row;
+
+    /// That key may be held for as long as somebody's lock.
+    #[tokio::test]
+    async fn a_route_is_tried_with_another_row_where_the_first_ones_key_is_held() {
+        let at_once = Settings { retry_min: Duration::from_millis(1), ..Settings::plain() };
+        let (mut stage, key) = (stage_with(&at_once), Arc::<str>::from("k"));
+        stage.holdings.send_replace(Holdings::everything(4));
+        let first = Row { ordering_key: Some(Arc::clone(&key)), attempts: 1, ..plain_row(1) };
+        for _ in 0..3 {
+            stage.poll.route_refuses(&first.route, Fault::Unroutable, "no queue", false);
+        }
+        stage.store.insert(first);
+        stage.store.insert(Row { attempts: 1, ..plain_row(2) });
+        stage.poll.keys.sent(&key);
+        stage.poll.keys.refused(key, 0);
+        let tried = async {
+            loop {
+                stage.poll.probe().await.unwrap();
+                let tried = stage.handed_to(stage.poll.prober());
+                if !tried.is_empty() {
+                    return tried;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        assert_eq!(tokio::time::timeout(Duration::from_secs(10), tried).await, Ok(vec![2]));
     }
 }

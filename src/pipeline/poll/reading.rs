@@ -29,12 +29,11 @@ pub(super) enum Found {
 }
 
 impl Found {
-    /// By an answer, and whether it was the last of a sweep.
-    fn by(read: &Read, swept: bool) -> Self {
+    /// By an answer, whether there is something in it that is not asked for again, and whether it was the last of a sweep.
+    fn by(read: &Read, got_on: bool, swept: bool) -> Self {
         match (read.more, read.rows.is_empty()) {
             (true, false) => Self::More,
-            // It has got on.
-            (true, true) if !read.passed.is_empty() => Self::More,
+            (true, true) if got_on => Self::More,
             (true, true) => Self::TooLarge,
             // It has not looked at what is new.
             (false, true) if swept => Self::More,
@@ -57,7 +56,7 @@ impl<S: Store> Poll<S> {
         }
         let sweeping = self.sweep.is_due();
         let Unknown { ranges, exact } = self.not_known(sweeping);
-        let in_flight = self.in_flight_unless(exact);
+        let not_wanted = self.not_wanted(exact);
         let (rows, bytes) = self.free_places();
         let mut others = self.shards.pass_others(&self.holdings.borrow());
         let tells_others = rows >= TELLING_ROWS.min(self.limits.read_rows);
@@ -69,7 +68,7 @@ impl<S: Store> Poll<S> {
             rows,
             bytes,
             room_for_any: self.nothing_moves(),
-            in_flight: &in_flight,
+            in_flight: &not_wanted,
             keep_order: self.limits.keep_order && !mutant!("followers-overtake"),
             parked: &self.routes.parked(),
             share: Share { shards: self.holdings.borrow().shards(), leases: &leases },
@@ -84,13 +83,14 @@ impl<S: Store> Poll<S> {
         self.metrics.poll_seconds.observe(took.as_secs_f64());
         self.delays = Delays::default();
         let swept = sweeping && !read.more;
-        let answered = read.rows.len();
-        read.rows.retain(|row| !self.is_held(row));
+        let early_before = self.keys.early().len();
+        read.rows.retain(|row| !self.is_early(row));
+        let early = self.keys.early().len();
         if sweeping {
-            let whole = read.rows.len() == answered && leases.len() == self.holdings.borrow().leases().len();
+            let whole = early == 0 && leases.len() == self.holdings.borrow().leases().len();
             self.sweep.read(took, swept, whole);
         }
-        let found = Found::by(&read, swept);
+        let found = Found::by(&read, early > early_before || !read.passed.is_empty(), swept);
         self.learn(&read, tells_others);
         self.deal_out(read.rows).await;
         Ok(found)
@@ -116,9 +116,19 @@ impl<S: Store> Poll<S> {
         (rows.min((bytes / self.row_bytes).max(1)), bytes)
     }
 
-    /// Earlier rows of its key are still on their way back.
-    fn is_held(&self, row: &Row) -> bool {
-        row.ordering_key.as_deref().is_some_and(|key| self.keys.is_held(key))
+    /// Earlier rows of its key are still on their way back; it is not asked for before they are.
+    pub(super) fn is_early(&mut self, row: &Row) -> bool {
+        let Some(key) = row.ordering_key.as_ref().filter(|key| self.keys.is_held(key)) else { return false };
+        // Where a key's refused row was deleted, its whole backlog may come early.
+        if self.keys.early().len() < self.limits.rows {
+            self.keys.came_early(row.id, Arc::clone(key));
+        }
+        true
+    }
+
+    /// What an answer is to leave out.
+    pub(super) fn not_wanted(&self, exact: bool) -> Vec<i64> {
+        self.in_flight_unless(exact).into_iter().chain(self.keys.early()).collect()
     }
 
     /// What an answer tells beside its rows.
@@ -230,4 +240,33 @@ pub fn worker_of(row: &Row, keep_order: bool, workers: usize) -> usize {
         None => row.id.hash(&mut hasher),
     }
     (hasher.finish() % workers as u64) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+    use crate::ownership::Holdings;
+    use crate::pipeline::poll::tests::stage_with;
+    use crate::store::memory::plain_row;
+
+    /// Nothing moves it on before its key does, and what a read may answer with would be filled with it.
+    #[tokio::test]
+    async fn a_row_of_a_held_key_hides_none_behind_it() {
+        let one_row = Settings { max_in_flight_bytes: FIRST_ROW_BYTES, ..Settings::plain() };
+        let mut stage = stage_with(&one_row);
+        let key = Arc::<str>::from("k");
+        stage.holdings.send_replace(Holdings::everything(4));
+        stage.store.insert(Row { ordering_key: Some(Arc::clone(&key)), ..plain_row(1) });
+        stage.store.insert(plain_row(2));
+        stage.poll.keys.sent(&key);
+        stage.poll.keys.refused(Arc::clone(&key), 0);
+        assert_eq!(stage.poll.read().await.unwrap(), Found::More);
+        stage.poll.read().await.unwrap();
+        assert_eq!([stage.handed_to(0), stage.handed_to(1)].concat(), [2]);
+        stage.poll.keys.settled(&key);
+        stage.poll.resume_key(&key).await;
+        stage.poll.read().await.unwrap();
+        assert_eq!([stage.handed_to(0), stage.handed_to(1)].concat(), [1]);
+    }
 }

@@ -70,8 +70,9 @@ impl<S: Store> Poll<S> {
             }
             Fate::Waiting { key, route, reason, fault } => {
                 self.known.remove(id);
-                if fault.blames_destination() {
-                    self.route_refuses(&route, &reason, probe);
+                // What stood aside was refused long ago.
+                if fault.blames_destination() && aside.is_none() {
+                    self.route_refuses(&route, fault, &reason, probe);
                 } else {
                     // The message was refused, which says nothing of its route.
                     self.end_probe(watched, probe);
@@ -122,7 +123,7 @@ impl<S: Store> Poll<S> {
         }
     }
 
-    async fn resume_key(&mut self, key: &Arc<str>) {
+    pub(super) async fn resume_key(&mut self, key: &Arc<str>) {
         for worker in self.keys.take_resumed(key) {
             // The table holds the key back from here on.
             self.resume(worker, Arc::clone(key)).await;
@@ -139,53 +140,20 @@ impl<S: Store> Poll<S> {
     pub(super) fn show_in_flight(&self) {
         self.metrics.in_flight.set(self.in_flight.len() as i64);
         self.metrics.in_flight_bytes.set(self.bytes_in_flight as i64);
+        self.metrics.unmarked.set(self.aside as i64);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Settings;
     use crate::ownership::Holdings;
-    use crate::pipeline::poll::{Ends, Rested};
-    use crate::sink::SinkState;
+    use crate::pipeline::poll::Rested;
+    use crate::pipeline::poll::tests::stage;
+    use crate::sink::Fault;
     use crate::store::Row;
-    use crate::store::memory::{MemoryStore, plain_row};
-    use crate::telemetry::{Board, Metrics, Pulses};
+    use crate::store::memory::plain_row;
     use std::time::Duration;
-    use tokio::sync::{mpsc, watch};
-    use tokio_util::sync::CancellationToken;
-
-    /// A stage with one worker and its prober, and what it is connected to.
-    struct Stage {
-        poll: Poll<MemoryStore>,
-        holdings: watch::Sender<Holdings>,
-        _workers: Vec<mpsc::Receiver<Work>>,
-        _settled: mpsc::Sender<Vec<Settled>>,
-        _sink: watch::Sender<SinkState>,
-        _drained: mpsc::Receiver<Lease>,
-    }
-
-    fn stage() -> Stage {
-        let (workers, received): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::channel(10)).unzip();
-        let (settled, settled_in) = mpsc::channel(10);
-        let (sink, sink_in) = watch::channel(SinkState::Ready);
-        let (holdings, holdings_in) = watch::channel(Holdings::none(uuid::Uuid::nil(), 4));
-        let (drained, drained_in) = mpsc::channel(10);
-        let ends = Ends {
-            store: Arc::new(MemoryStore::default()),
-            workers,
-            settled: settled_in,
-            sink: sink_in,
-            holdings: holdings_in,
-            drained,
-        };
-        let metrics = Arc::new(Metrics::default());
-        let board = Arc::new(Board::new(Arc::clone(&metrics)));
-        let pulse = Pulses::default().start("poll");
-        let poll = Poll::new(ends, &Settings::plain(), CancellationToken::new(), board, pulse, metrics);
-        Stage { poll, holdings, _workers: received, _settled: settled, _sink: sink, _drained: drained_in }
-    }
 
     const MARKED: Fate = Fate::Delivered { certain: true };
 
@@ -250,7 +218,7 @@ mod tests {
             let mut stage = stage();
             let (poll, row) = (&mut stage.poll, plain_row(1));
             for _ in 0..3 {
-                poll.route_refuses(&row.route, "full", false);
+                poll.route_refuses(&row.route, Fault::Destination, "full", false);
             }
             let later = std::time::Instant::now() + Duration::from_secs(3600);
             assert!(poll.routes.take_due_probe(later).is_some());
@@ -263,6 +231,21 @@ mod tests {
         }
     }
 
+    /// It may work since long.
+    #[tokio::test]
+    async fn refusals_of_rows_that_stood_aside_park_no_route() {
+        let mut stage = stage();
+        let rows: Vec<_> = (1..=3).map(plain_row).collect();
+        stage.poll.send(rows.clone(), 0).await;
+        for row in rows {
+            let (id, route, reason) = (row.id, row.route, "full".into());
+            let refused = Fate::Waiting { key: None, route, reason, fault: Fault::Destination };
+            stage.poll.settle(Settled { id, fate: Fate::Aside(Way::Unsent) }).await;
+            stage.poll.settle(Settled { id, fate: refused }).await;
+        }
+        assert!(stage.poll.in_flight.is_empty() && stage.poll.routes.parked().is_empty());
+    }
+
     /// Right after it had worked it is not told, as one that flaps; but it must not be forgotten.
     #[tokio::test]
     async fn a_route_that_is_parked_right_after_it_worked_is_told_later() {
@@ -270,7 +253,7 @@ mod tests {
         let (poll, row) = (&mut stage.poll, plain_row(1));
         poll.releases.begin(Arc::clone(&row.route), std::time::Instant::now());
         for _ in 0..3 {
-            poll.route_refuses(&row.route, "full", false);
+            poll.route_refuses(&row.route, Fault::Destination, "full", false);
         }
         assert_eq!(poll.routes.parked().len(), 1);
         assert!(poll.routes.is_to_be_told(&row.route), "not told yet");

@@ -137,7 +137,7 @@ impl<S: Store> Poll<S> {
         let until_duty = self.next_duty().saturating_duration_since(Instant::now());
         self.watching.note(self.last_read);
         let Unknown { ranges, exact } = self.known.unknown(RANGES_MAX);
-        let in_flight = self.in_flight_unless(exact);
+        let in_flight = self.not_wanted(exact);
         let store = Arc::clone(&self.store);
         let watch = Watch {
             noticed: self.watching.noticed(),
