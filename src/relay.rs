@@ -23,9 +23,12 @@ use uuid::Uuid;
 /// Why a relay ended other than by a clean stop.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
-    /// A stage panicked or ended by itself: a defect of the relay.
-    #[error("the {0} stage failed: {1}")]
-    Stage(&'static str, String),
+    /// A part of the relay ended by itself, which is a defect.
+    #[error("the {0} part of the relay ended by itself")]
+    Ended(&'static str),
+    /// A part of the relay panicked, which is a defect.
+    #[error("a part of the relay failed: {0}")]
+    Panicked(JoinError),
     /// The stop came to its end with confirmed rows unmarked.
     #[error(transparent)]
     Unwritten(#[from] Unwritten),
@@ -34,16 +37,16 @@ pub enum RelayError {
 /// A relay between a store and a sink.
 #[derive(Debug)]
 pub struct Relay<S, K> {
-    settings: Arc<Settings>,
+    settings: Settings,
     store: Arc<S>,
-    sink: Arc<K>,
+    sink: K,
     metrics: Arc<Metrics>,
     board: Arc<Board>,
     pulses: Pulses,
     holdings: Arc<watch::Sender<Holdings>>,
 }
 
-/// What a stage task answers with.
+/// What a task answers with: its part, and how that ended.
 type Ended = (&'static str, Result<(), Unwritten>);
 
 impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
@@ -52,9 +55,9 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         let board = Arc::new(Board::new(Arc::clone(&metrics)));
         let holdings = Holdings::none(Uuid::new_v4(), settings.shards as u32);
         Self {
-            settings: Arc::new(settings),
+            settings,
             store: Arc::new(store),
-            sink: Arc::new(sink),
+            sink,
             metrics,
             board,
             pulses: Pulses::default(),
@@ -64,10 +67,10 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
 
     /// Runs until `stop` is cancelled and everything in flight is settled.
     pub async fn run(self, listener: TcpListener, stop: CancellationToken) -> Result<(), RelayError> {
-        let (stopping, cut, aside) = (stop.child_token(), CancellationToken::new(), CancellationToken::new());
+        let (stopping, cut, end) = (stop.child_token(), CancellationToken::new(), CancellationToken::new());
         // Each leaving shard is told once, so there is room for all.
         let (drained, drained_in) = mpsc::channel(self.settings.shards * 2);
-        let mut beside = self.start_beside(listener, drained_in, &stopping, &aside);
+        let mut beside = self.start_beside(listener, drained_in, &stopping, &end);
         let mut stages = self.start_pipeline(drained, &stopping, &cut);
 
         let failure = tokio::select! {
@@ -77,7 +80,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             // 2. A stage that ends before the stop has failed.
             ended = stages.join_next() => ended.and_then(|ended| failure_of(ended, true)),
             // 3. The same for what runs beside.
-            ended = beside.join_next() => ended.and_then(|ended| failure_of(ended.map(|()| ("ownership, housekeeping or HTTP", Ok(()))), true)),
+            ended = beside.join_next() => ended.and_then(|ended| failure_of(ended, true)),
         };
         self.board.set_stopping();
         stopping.cancel();
@@ -87,7 +90,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             // Messages without an answer may still be in the connection's buffers; others must not have their shards yet.
             self.sink.close().await;
         }
-        aside.cancel();
+        end.cancel();
         self.sink.close().await;
         while beside.join_next().await.is_some() {}
         match failure {
@@ -151,7 +154,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             let pulse = self.pulses.start("publish");
             let metrics = Arc::clone(&self.metrics);
             let worker = Worker::new(ends, &self.settings, stopping.clone(), cut.clone(), pulse, metrics);
-            stages.spawn(async { (worker.run().await, ("publish", Ok(()))).1 });
+            stages.spawn(part("publish", worker.run()));
         }
         drop(outcomes);
         let ends = settle::Ends { input: outcomes_in, output: settled, store: Arc::clone(&self.store) };
@@ -180,7 +183,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             self.pulses.start("poll"),
             Arc::clone(&self.metrics),
         );
-        stages.spawn(async { (poll.run().await, ("poll", Ok(()))).1 });
+        stages.spawn(part("poll", poll.run()));
         stages
     }
 
@@ -191,7 +194,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         drained: mpsc::Receiver<Lease>,
         stopping: &CancellationToken,
         stop: &CancellationToken,
-    ) -> JoinSet<()> {
+    ) -> JoinSet<Ended> {
         let mut beside = JoinSet::new();
         let ends = ownership::Ends {
             store: Arc::clone(&self.store),
@@ -202,24 +205,25 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         };
         let (board, pulse) = (Arc::clone(&self.board), self.pulses.start("ownership"));
         let keeper = Keeper::new(ends, &self.settings, board, pulse, Arc::clone(&self.metrics));
-        beside.spawn(keeper.run(stop.clone()));
+        beside.spawn(part("ownership", keeper.run(stop.clone())));
         let (store, metrics) = (&self.store, &self.metrics);
-        beside.spawn(housekeeping::census(
+        let census = housekeeping::census(
             Arc::clone(store),
             Arc::clone(&self.board),
             Arc::clone(metrics),
             self.pulses.start("census"),
             stop.clone(),
-        ));
-        let (retention, pulse) = (self.settings.retention, self.pulses.start("purge"));
-        beside.spawn(housekeeping::purge(
+        );
+        beside.spawn(part("counting", census));
+        let purge = housekeeping::purge(
             Arc::clone(store),
             self.holdings.subscribe(),
-            retention,
+            self.settings.retention,
             Arc::clone(metrics),
-            pulse,
+            self.pulses.start("purge"),
             stop.clone(),
-        ));
+        );
+        beside.spawn(part("retention", purge));
         let view = http::View {
             board: Arc::clone(&self.board),
             metrics: Arc::clone(metrics),
@@ -227,17 +231,23 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             sink: self.sink.state(),
             holdings: self.holdings.subscribe(),
         };
-        beside.spawn(http::serve(listener, view, stop.clone()));
+        beside.spawn(part("HTTP", http::serve(listener, view, stop.clone())));
         beside
     }
 }
 
-/// What the end of a stage means. Before the stop, any end is a failure.
+/// A part that has nothing to say when it ends.
+async fn part(name: &'static str, run: impl Future<Output = ()>) -> Ended {
+    run.await;
+    (name, Ok(()))
+}
+
+/// What the end of a part means. Before the stop, any end is a failure.
 fn failure_of(ended: Result<Ended, JoinError>, unexpected: bool) -> Option<RelayError> {
     match ended {
         Ok((_, Err(unwritten))) => Some(unwritten.into()),
-        Ok((stage, Ok(()))) if unexpected => Some(RelayError::Stage(stage, "it ended by itself".to_owned())),
+        Ok((part, Ok(()))) if unexpected => Some(RelayError::Ended(part)),
         Ok(_) => None,
-        Err(panic) => Some(RelayError::Stage("pipeline", panic.to_string())),
+        Err(panic) => Some(RelayError::Panicked(panic)),
     }
 }

@@ -172,6 +172,20 @@ mod tests {
         assert_eq!(known, Known::default());
     }
 
+    /// What is forgotten is asked for again, which costs reads and loses nothing.
+    #[test]
+    fn of_too_many_intervals_the_larger_half_is_remembered() {
+        let mut known = Known::default();
+        let count = INTERVALS_MAX as i64 + 1;
+        for n in 0..count {
+            // Each larger than the one before.
+            known.add_interval(n * 100_000, n * 100_000 + n);
+        }
+        assert_eq!(known.intervals.len(), count as usize - count as usize / 2);
+        assert!(known.contains((count - 1) * 100_000) && !known.contains(0));
+        assert!(known.intervals.iter().all(|(first, last)| last - first >= count / 2));
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
         Add(i64),

@@ -365,6 +365,21 @@ mod tests {
     }
 
     #[test]
+    fn a_bounded_number_of_routes_is_remembered() {
+        let (mut routes, now) =
+            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
+        let named = |n: usize| Arc::new(Route { exchange: "x".to_owned(), routing_key: n.to_string() });
+        for n in 0..ROUTES_MAX + 10 {
+            routes.refused(&named(n), Fault::Unroutable, false, now);
+        }
+        assert_eq!(routes.refusing.len(), ROUTES_MAX);
+        for _ in 0..PARK_AFTER {
+            routes.refused(&named(0), Fault::Unroutable, false, now);
+        }
+        assert_eq!(routes.parked(), [named(0)], "those that are remembered are parked still");
+    }
+
+    #[test]
     fn a_success_in_between_starts_the_count_anew() {
         let (mut routes, route, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());

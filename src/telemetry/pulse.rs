@@ -5,7 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// A waiting loop beats this often.
 const BEAT: Duration = Duration::from_secs(1);
@@ -63,5 +64,21 @@ impl Pulses {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         let running = |pulse: &&Pulse| Arc::strong_count(&pulse.last_millis) > 1;
         all.iter().filter(running).find(|pulse| pulse.silent_for() > STUCK_AFTER).map(|pulse| pulse.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_loop_that_neither_beats_nor_ends_is_stuck() {
+        let pulses = Pulses::default();
+        let (waiting, silent) = (pulses.start("waiting"), pulses.start("silent"));
+        let long = tokio::time::sleep(Duration::from_secs(60));
+        waiting.beat_during(long).await;
+        assert_eq!(pulses.stuck(), Some("silent"), "one that waits beats");
+        drop(silent);
+        assert_eq!(pulses.stuck(), None, "it has ended");
     }
 }

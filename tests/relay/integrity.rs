@@ -5,7 +5,7 @@ use crate::support::checker::Received;
 use crate::support::world::Allowed;
 use lapin::types::AMQPValue;
 
-async fn delivered_as_written(payload_type: &str, extra: &[(&str, &str)]) -> Vec<Received> {
+async fn delivered_as_written(payload_type: &str, extra: &[(&str, &str)]) {
     let world = World::new().await;
     world
         .sql(&format!(
@@ -30,35 +30,35 @@ async fn delivered_as_written(payload_type: &str, extra: &[(&str, &str)]) -> Vec
     relay.stop().await.expect("clean stop");
     let received = world.take_messages().await;
     world.finish_with(received.clone(), Allowed::default()).await;
-    received
+    assert_eq!(received.len(), 50, "{payload_type}");
+    received.iter().for_each(has_its_properties);
+}
+
+fn has_its_properties(message: &Received) {
+    let i = message.id;
+    assert_eq!(message.content_type.as_deref(), Some(format!("text/x-{i}").as_str()));
+    assert_eq!(message.timestamp, Some(1_700_000_000 + i as u64));
+    let header = |name: &str| message.headers.get(name).cloned();
+    assert_eq!(header("traceparent"), Some(AMQPValue::LongString(format!("00-{i}").into())));
+    assert_eq!(header("n"), Some(AMQPValue::LongLongInt(i)));
+    assert_eq!(header("flag"), Some(AMQPValue::Boolean(true)));
+    assert_eq!(header("none"), Some(AMQPValue::Void));
+    assert_eq!(header("half"), Some(AMQPValue::Double(0.5)));
+    assert_eq!(header("x-outbox-key"), Some(AMQPValue::LongString(format!("k{}", i % 3).into())));
+    assert_eq!(header("x-outbox-attempt"), None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_payload_type_and_every_property_arrives() {
     for payload_type in ["jsonb", "json", "text", "bytea", "varchar"] {
-        let received = delivered_as_written(payload_type, &[]).await;
-        assert_eq!(received.len(), 50, "{payload_type}");
-        for message in received {
-            let i = message.id;
-            assert_eq!(message.content_type.as_deref(), Some(format!("text/x-{i}").as_str()));
-            assert_eq!(message.timestamp, Some(1_700_000_000 + i as u64));
-            let header = |name: &str| message.headers.get(name).cloned();
-            assert_eq!(header("traceparent"), Some(AMQPValue::LongString(format!("00-{i}").into())));
-            assert_eq!(header("n"), Some(AMQPValue::LongLongInt(i)));
-            assert_eq!(header("flag"), Some(AMQPValue::Boolean(true)));
-            assert_eq!(header("none"), Some(AMQPValue::Void));
-            assert_eq!(header("half"), Some(AMQPValue::Double(0.5)));
-            assert_eq!(header("x-outbox-key"), Some(AMQPValue::LongString(format!("k{}", i % 3).into())));
-            assert_eq!(header("x-outbox-attempt"), None);
-        }
+        delivered_as_written(payload_type, &[]).await;
     }
 }
 
 /// Behind a pooler in transaction mode no session state may be needed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_same_without_any_session_state() {
-    let received = delivered_as_written("jsonb", &[("OUTBOX_TRANSACTION_POOLING", "true")]).await;
-    assert_eq!(received.len(), 50);
+    delivered_as_written("jsonb", &[("OUTBOX_TRANSACTION_POOLING", "true")]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,6 +8,7 @@ use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{Route, Row, StoreError, Trouble};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A key's first row is refused: the others of the key wait for it, other keys do not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -143,7 +144,8 @@ async fn order_survives_every_kind_of_refusal() {
             let key = (rng.u8(0..5) > 0).then(|| format!("k{}", rng.i64(0..keys)));
             store.insert(row(id, key));
         }
-        let mut dice = rng.fork();
+        let (mut dice, doubts) = (rng.fork(), Arc::new(AtomicU64::new(0)));
+        let doubted = Arc::clone(&doubts);
         let sink = ScriptedSink::new(move |row| {
             let fault = match dice.u8(0..40) {
                 0 => Fault::Outage,
@@ -158,6 +160,9 @@ async fn order_survives_every_kind_of_refusal() {
                 13 | 14 => return Err(Refusal::without_lease()),
                 _ => return Ok(()),
             };
+            if matches!(fault, Fault::Unknown | Fault::Silence | Fault::Suspect) {
+                doubted.fetch_add(1, Relaxed);
+            }
             Err(Refusal::new(fault, "scripted"))
         })
         .slow(std::time::Duration::from_millis(round * 5));
@@ -181,6 +186,8 @@ async fn order_survives_every_kind_of_refusal() {
         }
         eventually("all rows are settled", async || store.rows().iter().all(|stored| !stored.pending()))
             .await;
+        let counted = relay.metric("possible_duplicates_total").await;
+        assert_eq!(counted, doubts.load(Relaxed) as f64, "each that may have arrived is counted");
         relay.stop().await.expect("clean stop");
         assert_eq!(sink.in_order_but_for_repeats(), 0, "rows were sent twice");
         let delivered = store.rows().iter().filter(|stored| stored.delivered_at.is_some()).count();

@@ -1,8 +1,10 @@
 //! Promise 12: metrics and health agree with the table.
 
 use crate::support::proxy::{Link, Proxy};
-use crate::support::world::Allowed;
+use crate::support::scripted::ScriptedSink;
+use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{World, eventually};
+use outbox_relay::store::memory::{MemoryStore, plain_row};
 use std::time::Duration;
 
 /// A trigger that swallows the marks, or a policy that hides the rows from them: that is told, nothing is sent again meanwhile, and all goes on when it is gone.
@@ -393,4 +395,15 @@ async fn counts_are_fresh_again_soon_after_a_link_stood_still() {
     world.drained().await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;
+}
+
+/// Half alive it would do harm that nobody notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_part_that_dies_ends_the_relay() {
+    let store = MemoryStore::default();
+    store.insert(plain_row(1));
+    let sink = ScriptedSink::new(|_| panic!("a defect"));
+    let relay = RunningRelay::between(without_servers(&[]), store, sink).await;
+    let error = relay.ended().await.expect_err("it cannot go on");
+    assert!(error.to_string().contains("a defect"), "{error}");
 }

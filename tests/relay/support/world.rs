@@ -526,6 +526,11 @@ impl RunningRelay {
     /// Stops it and waits for the end.
     pub async fn stop(self) -> Result<(), RelayError> {
         self.stop.cancel();
+        self.ended().await
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn ended(self) -> Result<(), RelayError> {
         tokio::time::timeout(DEADLINE, self.ended).await.expect("the relay ends").expect("no panic")
     }
 
