@@ -41,7 +41,7 @@ pub async fn census<S: Store>(
             let rest = match pulse.beat_during(store.census()).await {
                 Ok(census) => {
                     delays = Delays::default();
-                    board.database_up(DatabaseUser::Housekeeping);
+                    board.database_up(DatabaseUser::Census);
                     show(&census, &metrics);
                     board.set_census(census);
                     // By the server's own measure: a link that stood still costs it nothing.
@@ -49,7 +49,7 @@ pub async fn census<S: Store>(
                     CENSUS_INTERVAL.max(CENSUS_REST.after(took))
                 }
                 Err(error) => {
-                    board.database_down(DatabaseUser::Housekeeping, &error);
+                    board.database_down(DatabaseUser::Census, &error);
                     rest_after(&error, started.elapsed(), &mut delays)
                 }
             };
@@ -83,18 +83,17 @@ pub async fn purge<S: Store>(
     pulse: Pulse,
     stop: CancellationToken,
 ) {
-    let interval = pass_interval(retention);
     let passes = async {
-        let (mut rest, mut failing) = (interval, false);
+        let (mut in_vain, mut failing) = (Duration::ZERO, false);
         loop {
+            let rest = rest_after_pass(retention, std::mem::take(&mut in_vain));
             pulse.beat_during(tokio::time::sleep(rest)).await;
-            rest = interval;
             // One replica is enough: the owner of the first shard.
             if holdings.borrow().leases().first().is_none_or(|lease| lease.shard != 0) {
                 continue;
             }
-            let (in_vain, ended) = pulse.beat_during(pass(&*store, retention, &metrics)).await;
-            rest = interval.max(WALK_REST.after(in_vain));
+            let ended;
+            (in_vain, ended) = pulse.beat_during(pass(&*store, retention, &metrics)).await;
             let was_failing = std::mem::replace(&mut failing, ended.is_err());
             if let Err(error) = ended
                 && !was_failing
@@ -108,8 +107,9 @@ pub async fn purge<S: Store>(
 }
 
 /// Without a retention there are only rows of earlier settings.
-fn pass_interval(retention: Duration) -> Duration {
-    if retention.is_zero() { PASS_MAX } else { (retention / 10).clamp(PASS_MIN, PASS_MAX) }
+fn rest_after_pass(retention: Duration, in_vain: Duration) -> Duration {
+    let interval = if retention.is_zero() { PASS_MAX } else { (retention / 10).clamp(PASS_MIN, PASS_MAX) };
+    interval.max(WALK_REST.after(in_vain))
 }
 
 /// One pass over the delivered rows in id order. Rows are delivered nearly in id order, so after some
@@ -148,6 +148,21 @@ async fn pass<S: Store>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::memory::MemoryStore;
+
+    /// Without a delivered row each look walks over all that is pending: it must cost little in the long run.
+    #[tokio::test]
+    async fn what_was_looked_for_in_vain_is_followed_by_a_rest_whether_it_failed_or_not() {
+        let (store, metrics) = (MemoryStore::default(), Metrics::default());
+        let (in_vain, ended) = pass(&store, Duration::ZERO, &metrics).await;
+        assert!(ended.is_ok() && in_vain > Duration::ZERO);
+        store.fail_next(StoreError { trouble: Trouble::Contention, sentence: "15 s".to_owned() });
+        let (in_vain, ended) = pass(&store, Duration::ZERO, &metrics).await;
+        assert!(ended.is_err() && in_vain > Duration::ZERO);
+        assert_eq!(rest_after_pass(Duration::ZERO, Duration::from_secs(15)), Duration::from_secs(300));
+        assert_eq!(rest_after_pass(Duration::from_secs(10), Duration::ZERO), Duration::from_secs(1));
+        assert_eq!(rest_after_pass(Duration::ZERO, Duration::ZERO), PASS_MAX);
+    }
 
     /// Counting a huge backlog again within a second of each time limit would keep a core busy for nothing.
     #[test]

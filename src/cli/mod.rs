@@ -141,7 +141,7 @@ fn with_settings(mut command: Command, concerns: impl Fn(&str) -> bool) -> Comma
         let default = setting.default.filter(|default| !default.is_empty());
         let default = default.map_or(String::new(), |default| format!(" [default: {default}]"));
         let arg = Arg::new(setting.key)
-            .long(setting.key.replace('_', "-"))
+            .long(setting.long())
             .value_name(setting.takes)
             .help(format!("{} [env: {}]{default}", setting.help, setting.env))
             .help_heading(setting.group)

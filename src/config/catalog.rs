@@ -298,6 +298,11 @@ pub fn by_key(key: &str) -> Option<&'static Setting> {
 impl Setting {
     /// `--batch-size`.
     pub fn flag(&self) -> String {
-        format!("--{}", self.key.replace('_', "-"))
+        format!("--{}", self.long())
+    }
+
+    /// `batch-size`.
+    pub fn long(&self) -> String {
+        self.key.replace('_', "-")
     }
 }

@@ -165,7 +165,7 @@ impl Settings {
     /// Checks every setting on its own, then those that depend on each other.
     pub fn resolve(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Self {
-            database: endpoint(sources, "database_url", "database_url_file", &["postgres", "postgresql"])?,
+            database: database(sources)?,
             amqp: broker(sources)?,
             transaction_pooling: units::boolean(&given(sources, "transaction_pooling"))?,
             table: table(sources)?,
@@ -232,8 +232,7 @@ impl Settings {
     }
 }
 
-/// Log settings alone, for commands that need no server.
-pub fn log(sources: &Sources) -> Result<LogSettings, ConfigError> {
+fn log(sources: &Sources) -> Result<LogSettings, ConfigError> {
     let directives = given(sources, "log");
     if let Err(error) = tracing_subscriber::EnvFilter::builder().parse(&directives.text) {
         let expected = format!("expected a level (error, warn, info, debug, trace) or directives ({error})");

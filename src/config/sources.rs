@@ -36,17 +36,21 @@ impl Sources {
         env: impl Iterator<Item = (String, String)>,
         file: Option<&Path>,
     ) -> Result<Self, ConfigError> {
-        let mut sources = Self { flags, ..Self::default() };
-        sources.env = env.filter(|(name, _)| concerns_us(name)).collect();
-        sources.refuse_unknown_variables()?;
+        let mut sources = Self { flags, ..Self::of_env(env)? };
         sources.read_file(file)?;
+        Ok(sources)
+    }
+
+    fn of_env(env: impl Iterator<Item = (String, String)>) -> Result<Self, ConfigError> {
+        let env = env.filter(|(name, _)| concerns_us(name)).collect();
+        let sources = Self { env, ..Self::default() };
+        sources.refuse_unknown_variables()?;
         Ok(sources)
     }
 
     /// Texts by environment variable name alone; for tests and embedding.
     pub fn from_env<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, ConfigError> {
-        let pairs = pairs.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned()));
-        Self::new(HashMap::new(), pairs.collect::<Vec<_>>().into_iter(), Some(Path::new("")))
+        Self::of_env(pairs.into_iter().map(|(name, text)| (name.to_owned(), text.to_owned())))
     }
 
     /// What was given for this setting, or its default. An empty variable counts as absent,
@@ -82,7 +86,6 @@ impl Sources {
 
     fn read_file(&mut self, path: Option<&Path>) -> Result<(), ConfigError> {
         let (path, must_exist) = match path {
-            Some(path) if path.as_os_str().is_empty() => return Ok(()),
             Some(path) => (path, true),
             None => (Path::new(DEFAULT_FILE), false),
         };

@@ -1,4 +1,4 @@
-//! Texts to values: durations, sizes, counts, table names. Each refusal says what is allowed.
+//! Texts to values: durations, sizes, counts, switches. Each refusal says what is allowed.
 
 use super::ConfigError;
 use super::sources::Given;

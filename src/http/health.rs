@@ -34,7 +34,7 @@ pub struct Health {
     pub broker: Part,
     /// Who publishes what.
     pub ownership: Ownership,
-    /// Why the database, which is up, takes the marks of some rows not; absent if it takes all.
+    /// Why some rows cannot be marked although the database is up; absent if all can.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub unmarked: Option<String>,
     /// Rows committed and neither delivered nor dead. Null, as the other counts, until they were counted.

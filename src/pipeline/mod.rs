@@ -34,16 +34,21 @@
 //!    workers end when they have nothing left, settle when the workers have, `poll` when settle has. Settle's last write
 //!    is never cancelled.
 
+// The stages, in the order of a row's way.
+pub mod poll;
+pub mod publish;
+pub mod settle;
+
+// What poll keeps in mind of ids, keys, shards and routes.
 pub mod gaps;
 pub mod keys;
 pub mod known;
-pub mod poll;
-pub mod publish;
-pub mod queue;
 pub mod releases;
 pub mod routes;
-pub mod settle;
 pub mod shards;
+
+// What a worker keeps in mind.
+pub mod queue;
 
 pub use poll::Poll;
 pub use publish::Worker;
@@ -120,11 +125,9 @@ pub enum End {
         /// Its key.
         key: Option<Arc<str>>,
     },
-    /// Not sent, because its lease was not in force; goes back to the table untouched.
-    Fenced {
-        /// Its key, which stays held until all rows of the shard are back.
-        key: Option<Arc<str>>,
-    },
+    /// Not sent, because its lease was not in force; goes back to the table untouched. Its key stays held until all rows
+    /// of the shard are back.
+    Fenced,
 }
 
 /// From settle to poll, after the commit: this row's place is free.
@@ -152,8 +155,6 @@ pub enum Fate {
     },
     /// In the table, refused; its key may be read again because the table holds it back.
     Waiting {
-        /// The key to resume.
-        key: Option<Arc<str>>,
         /// The route that refused.
         route: Arc<Route>,
         /// Why, for the log of a parked route.
@@ -166,10 +167,7 @@ pub enum Fate {
     /// In the table as it was.
     Released,
     /// The same, and its key is held by its worker.
-    Fenced {
-        /// The key to resume.
-        key: Option<Arc<str>>,
-    },
+    Fenced,
 }
 
 /// How far a row has come whose end is not written.

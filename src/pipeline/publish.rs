@@ -284,7 +284,7 @@ impl<P: Publisher> Worker<P> {
 
     fn wait(&mut self, row: &Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
-        let followers = row.ordering_key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
+        let followers = self.queue.hold_key_of(row);
         let end = End::Wait {
             key: row.ordering_key.clone(),
             route: Arc::clone(&row.route),
@@ -301,9 +301,8 @@ impl<P: Publisher> Worker<P> {
     /// in force again.
     fn give_back(&mut self, row: &Row) {
         self.metrics.fenced.inc();
-        let key = self.queue.key_of(row).filter(|_| !mutant!("no-hold-after-fence"));
-        let followers = key.as_ref().map(|key| self.queue.hold(key)).unwrap_or_default();
-        self.end(row, End::Fenced { key });
+        let followers = if mutant!("no-hold-after-fence") { Vec::new() } else { self.queue.hold_key_of(row) };
+        self.end(row, End::Fenced);
         self.release(followers);
     }
 

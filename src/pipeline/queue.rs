@@ -60,11 +60,6 @@ impl Queue {
         }
     }
 
-    /// The key that orders this row, if keys order anything.
-    pub fn key_of(&self, row: &Row) -> Option<Arc<str>> {
-        key_of(self.ordering, row).cloned()
-    }
-
     /// Earlier rows of this key wait here, or in the table since a refusal.
     pub fn is_busy_with(&self, key: &Arc<str>) -> bool {
         self.keyed.contains_key(key) || self.held.contains_key(key)
@@ -111,11 +106,9 @@ impl Queue {
         given_back
     }
 
-    /// A row of this key was refused: holds the key and gives back its rows.
-    pub fn hold(&mut self, key: &Arc<str>) -> Vec<Row> {
-        if self.ordering == Ordering::None {
-            return Vec::new();
-        }
+    /// This row goes back to the table: holds its key, if keys order anything, and gives back the rows of it.
+    pub fn hold_key_of(&mut self, row: &Row) -> Vec<Row> {
+        let Some(key) = key_of(self.ordering, row) else { return Vec::new() };
         *self.held.entry(Arc::clone(key)).or_default() += 1;
         let rows = self.keyed.remove(key).unwrap_or_default();
         if !rows.is_empty() {
@@ -252,8 +245,8 @@ mod tests {
     fn a_held_key_gives_back_its_rows_until_it_is_resumed() {
         let mut queue = filled(Ordering::Strict, &ROWS);
         let refused = queue.next_batch(1, 1 << 20).remove(0);
-        let key = refused.row.ordering_key.expect("keyed");
-        assert_eq!(queue.hold(&key).iter().map(|row| row.id).collect::<Vec<_>>(), [2]);
+        let key = refused.row.ordering_key.clone().expect("keyed");
+        assert_eq!(queue.hold_key_of(&refused.row).iter().map(|row| row.id).collect::<Vec<_>>(), [2]);
         assert!(queue.is_busy_with(&key));
         assert!(queue.push(row(6, Some("a")).into()).is_some());
         assert!(queue.push(row(7, Some("b")).into()).is_none());
@@ -315,7 +308,7 @@ mod tests {
                         let refused = batch.remove(0);
                         released.push(refused.row.id);
                         if let Some(key) = refused.row.ordering_key.clone() {
-                            released.extend(queue.hold(&key).iter().map(|row| row.id));
+                            released.extend(queue.hold_key_of(&refused.row).iter().map(|row| row.id));
                             let (same, other): (Vec<_>, Vec<_>) =
                                 batch.into_iter().partition(|queued| queued.row.ordering_key.as_ref() == Some(&key));
                             released.extend(queue.put_back(same).iter().map(|row| row.id));

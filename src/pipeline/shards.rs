@@ -90,7 +90,7 @@ impl Shards {
         }
         let gained = self.is_news(leases);
         // What is merely not read for a moment has not been read by others.
-        self.read.retain(|was| find(leases, was.shard).is_none());
+        self.read.retain(|was| Lease::find(leases, was.shard).is_none());
         self.read.extend(leases);
         self.read.sort_unstable_by_key(|lease| lease.shard);
         gained
@@ -99,8 +99,8 @@ impl Shards {
     /// Shards of others, whose rows may be passed for good: should one of them come to us, that is news.
     pub fn pass_others(&mut self, holdings: &Holdings) -> Vec<u32> {
         let held = holdings.leases();
-        self.read.retain(|lease| find(&held, lease.shard).is_some());
-        (0..holdings.shards()).filter(|shard| find(&held, *shard).is_none()).collect()
+        self.read.retain(|lease| Lease::find(&held, lease.shard).is_some());
+        (0..holdings.shards()).filter(|shard| Lease::find(&held, *shard).is_none()).collect()
     }
 
     /// Leaving shards that have run empty, each told once.
@@ -125,14 +125,9 @@ impl Shards {
     }
 }
 
-/// The lease of a shard, in leases that are sorted by shard.
-fn find(leases: &[Lease], shard: u32) -> Option<&Lease> {
-    leases.binary_search_by_key(&shard, |lease| lease.shard).ok().map(|index| &leases[index])
-}
-
 /// This very lease is among them.
 fn has(leases: &[Lease], lease: &Lease) -> bool {
-    find(leases, lease.shard) == Some(lease)
+    Lease::find(leases, lease.shard).as_ref() == Some(lease)
 }
 
 #[cfg(test)]

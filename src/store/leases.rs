@@ -22,6 +22,13 @@ pub struct Lease {
     pub epoch: i64,
 }
 
+impl Lease {
+    /// The lease of a shard, in leases that are sorted by shard.
+    pub fn find(leases: &[Self], shard: u32) -> Option<Self> {
+        leases.binary_search_by_key(&shard, |lease| lease.shard).ok().map(|index| leases[index])
+    }
+}
+
 /// A replica as it presents itself to the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Member {

@@ -145,8 +145,7 @@ impl Share<'_> {
 
     /// The lease of a shard; `None` if it is not in the share.
     pub fn lease(&self, shard: u32) -> Option<Lease> {
-        let found = self.leases.binary_search_by_key(&shard, |lease| lease.shard);
-        found.ok().map(|index| self.leases[index])
+        Lease::find(self.leases, shard)
     }
 }
 
@@ -176,8 +175,6 @@ pub struct Read {
     pub passed: Vec<i64>,
     /// There may be more that did not fit.
     pub more: bool,
-    /// The answer was cut off at the budget of bytes, so its connection still carries the rest.
-    pub cut_off: bool,
 }
 
 /// The view of one snapshot on ids that were passed over.

@@ -12,8 +12,8 @@ pub enum DatabaseUser {
     Poll,
     /// Writes outcomes.
     Settle,
-    /// Counts and purges.
-    Housekeeping,
+    /// Counts.
+    Census,
     /// Keeps the leases.
     Leases,
 }
@@ -85,7 +85,7 @@ impl Board {
                 let mut state = self.state();
                 state.races_lost[user as usize] += 1;
                 // Counting may take too long on a huge table while rows flow all the same.
-                let matters = user != DatabaseUser::Housekeeping;
+                let matters = user != DatabaseUser::Census;
                 let lasting = matters && state.races_lost[user as usize] >= RACES_LOST_TELL;
                 drop(state);
                 if lasting {
@@ -108,7 +108,7 @@ impl Board {
         self.state().census = Some(census);
     }
 
-    /// Why the database, which is there, takes the marks of some rows not.
+    /// Why some rows cannot be marked although the database is up.
     pub fn set_unmarked(&self, reason: Option<String>) {
         self.state().unmarked = reason;
     }

@@ -63,12 +63,12 @@ impl<S: Store> Poll<S> {
                 self.known.remove(id);
                 self.end_probe(watched, probe);
             }
-            Fate::Fenced { key } => {
+            Fate::Fenced => {
                 self.known.remove(id);
                 self.end_probe(watched, probe);
-                self.shards.fenced(lease.shard, worker, key);
+                self.shards.fenced(lease.shard, worker, key_in_flight.clone());
             }
-            Fate::Waiting { key, route, reason, fault } => {
+            Fate::Waiting { route, reason, fault } => {
                 self.known.remove(id);
                 // What stood aside was refused long ago.
                 if fault.blames_destination() && aside.is_none() {
@@ -77,8 +77,8 @@ impl<S: Store> Poll<S> {
                     // The message was refused, which says nothing of its route.
                     self.end_probe(watched, probe);
                 }
-                if let Some(key) = key.filter(|_| self.limits.keep_order) {
-                    self.keys.refused(key, worker);
+                if let Some(key) = &key_in_flight {
+                    self.keys.refused(Arc::clone(key), worker);
                 }
             }
         }
@@ -239,7 +239,7 @@ mod tests {
         stage.poll.send(rows.clone(), 0).await;
         for row in rows {
             let (id, route, reason) = (row.id, row.route, "full".into());
-            let refused = Fate::Waiting { key: None, route, reason, fault: Fault::Destination };
+            let refused = Fate::Waiting { route, reason, fault: Fault::Destination };
             stage.poll.settle(Settled { id, fate: Fate::Aside(Way::Unsent) }).await;
             stage.poll.settle(Settled { id, fate: refused }).await;
         }

@@ -234,7 +234,7 @@ fn way_of(outcome: &Outcome) -> Way {
     match outcome.end {
         End::Delivered { .. } => Way::Delivered,
         End::Dead { .. } => Way::Dead,
-        End::Wait { .. } | End::Released { .. } | End::Fenced { .. } => Way::Unsent,
+        End::Wait { .. } | End::Released { .. } | End::Fenced => Way::Unsent,
     }
 }
 

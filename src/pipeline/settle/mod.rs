@@ -137,8 +137,7 @@ impl<S: Store> Settle<S> {
     /// What is written one after the other: what has come, what was left before, which must not spoil it, and last that of which
     /// nothing is written: only then it is known which refused rows cannot be written, and what has to stay behind them.
     fn in_turn(&mut self, outcomes: Vec<Outcome>) -> Vec<Vec<Outcome>> {
-        let is_written =
-            |outcome: &Outcome| !matches!(outcome.end, End::Released { .. } | End::Fenced { .. });
+        let is_written = |outcome: &Outcome| !matches!(outcome.end, End::Released { .. } | End::Fenced);
         let (written, as_they_were): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(is_written);
         let mut all = bites(written, self.keeps_delivered);
         all.extend(self.left.take_due().into_iter().flat_map(|group| bites(group, false)));
@@ -277,9 +276,9 @@ impl<S: Store> Settle<S> {
                 self.metrics.dead.inc();
                 Fate::Dead { certain }
             }
-            End::Wait { key, route, fault, reason, .. } => Fate::Waiting { key, route, fault, reason },
+            End::Wait { route, fault, reason, .. } => Fate::Waiting { route, fault, reason },
             End::Released { .. } => Fate::Released,
-            End::Fenced { key } => Fate::Fenced { key },
+            End::Fenced => Fate::Fenced,
         }
     }
 }
@@ -328,7 +327,7 @@ pub fn settlement(outcomes: &[Outcome]) -> Settlement {
                 wait: *wait,
                 reason: reason.clone(),
             }),
-            End::Released { .. } | End::Fenced { .. } => {}
+            End::Released { .. } | End::Fenced => {}
         }
     }
     settlement

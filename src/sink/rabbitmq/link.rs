@@ -44,8 +44,6 @@ pub(super) struct Link {
     connection: watch::Sender<Connected>,
     /// Which of several addresses is tried next.
     turn: usize,
-    /// How often it has been connected.
-    turns_up: u64,
     /// The last connect got no answer at all.
     suspicious: bool,
 }
@@ -60,7 +58,7 @@ impl Link {
         let (state, state_seen) = watch::channel(SinkState::Away { configuration: false, reason });
         let (connection, connection_seen) = watch::channel(None);
         (
-            Self { broker, metrics, stop, state, connection, turn: 0, turns_up: 0, suspicious: false },
+            Self { broker, metrics, stop, state, connection, turn: 0, suspicious: false },
             state_seen,
             connection_seen,
         )
@@ -77,12 +75,12 @@ impl Link {
     }
 
     async fn keep_up(&mut self) {
+        let mut was_up = false;
         loop {
             let connection = self.connect_until_up().await;
-            if self.turns_up > 0 {
+            if std::mem::replace(&mut was_up, true) {
                 self.metrics.reconnected(Peer::Broker);
             }
-            self.turns_up += 1;
             tracing::info!(server = %self.broker.endpoint.describe(), "connected to the broker");
             self.connection.send_replace(Some(Arc::clone(&connection)));
             self.state.send_replace(SinkState::Ready);
@@ -206,9 +204,7 @@ pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<Broker
     match tokio::time::timeout(CONNECT_LIMIT, connecting).await {
         Ok(Ok(connection)) => Ok(BrokerConnection::new(connection)),
         Ok(Err(error)) => Err(away(is_configuration(&error), sentence(&error))),
-        Err(_) => {
-            Err(away(false, "no answer within 10 s (a missing vhost can look like this too)".to_owned()))
-        }
+        Err(_) => Err(away(false, format!("{} (a missing vhost can look like this too)", no_answer()))),
     }
 }
 
@@ -233,8 +229,12 @@ async fn knock(url: &SecretString) -> Result<(), SinkState> {
     match tokio::time::timeout(CONNECT_LIMIT, knocking).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(away(error.to_string())),
-        Err(_) => Err(away("no answer within 10 s".to_owned())),
+        Err(_) => Err(away(no_answer())),
     }
+}
+
+fn no_answer() -> String {
+    format!("no answer within {} s", CONNECT_LIMIT.as_secs())
 }
 
 /// Parses an AMQP URL. lapin would silently make `localhost` of an IPv6 address.

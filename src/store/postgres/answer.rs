@@ -13,12 +13,13 @@ use sqlx::{Row as _, TypeInfo, Value, ValueRef};
 /// From here on a payload keeps its slice of the network buffer instead of being copied.
 const COPY_LIMIT_BYTES: usize = 16 * 1024;
 
+/// The rows, and whether the answer was cut off at the budget of bytes, so that its connection still carries the rest.
 pub(super) async fn read(
     mut answer: impl Stream<Item = Result<PgRow, sqlx::Error>> + Unpin,
     ask: &Ask<'_>,
     default_exchange: &str,
-) -> Result<Read, sqlx::Error> {
-    let mut read = Read::default();
+) -> Result<(Read, bool), sqlx::Error> {
+    let (mut read, mut cut_off) = (Read::default(), false);
     let mut bytes = 0;
     let mut decoder = Decoder::new(ask.share, default_exchange);
     while let Some(raw) = answer.try_next().await? {
@@ -31,13 +32,13 @@ pub(super) async fn read(
         bytes += row.bytes();
         let first_of_all = ask.room_for_any && read.rows.is_empty();
         if bytes > ask.bytes && !first_of_all {
-            (read.more, read.cut_off) = (true, true);
+            (read.more, cut_off) = (true, true);
             break;
         }
         read.rows.push(row);
     }
     read.more |= read.rows.len() + read.passed.len() >= ask.rows;
-    Ok(read)
+    Ok((read, cut_off))
 }
 
 /// A row that is not passed.

@@ -82,8 +82,9 @@ impl PostgresStore {
             .bind(&*self.default_exchange)
             .bind((!ask.others.shards.is_empty()).then(|| numbers(ask.others.shards.iter().copied())))
             .bind(ask.others.after);
-        let read = answer::read(query.fetch(session.connection()), ask, &self.default_exchange).await?;
-        if read.cut_off {
+        let answer = query.fetch(session.connection());
+        let (read, cut_off) = answer::read(answer, ask, &self.default_exchange).await?;
+        if cut_off {
             session.spoil();
         }
         Ok(read)

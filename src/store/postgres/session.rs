@@ -81,7 +81,11 @@ impl Connector {
             Ok(Err(error)) => Err(connect_error(&self.describe(), &error)),
             Err(_) => Err(StoreError {
                 trouble: Trouble::Outage,
-                sentence: format!("no answer from the database at {} within 10 s", self.describe()),
+                sentence: format!(
+                    "no answer from the database at {} within {} s",
+                    self.describe(),
+                    CONNECT_LIMIT.as_secs()
+                ),
             }),
         }
     }
