@@ -24,7 +24,7 @@ pub enum Decision {
     ResendAlone,
     /// Count an attempt and let it wait in the table.
     Wait,
-    /// Set it aside.
+    /// Never send it again.
     Dead,
     /// Count it as delivered.
     Accept,

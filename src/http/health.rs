@@ -41,7 +41,7 @@ pub struct Health {
     pub pending: Option<u64>,
     /// Age of the oldest pending row that is due.
     pub oldest_pending_seconds: Option<f64>,
-    /// Rows set aside.
+    /// Rows that are dead.
     pub dead: Option<u64>,
     /// Rows refused and waiting.
     pub waiting: Option<u64>,

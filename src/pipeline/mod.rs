@@ -130,13 +130,24 @@ pub enum End {
     Fenced,
 }
 
-/// From settle to poll, after the commit: this row's place is free.
+/// From settle to poll.
 #[derive(Debug)]
-pub struct Settled {
-    /// Row id.
-    pub id: i64,
-    /// What became of it.
-    pub fate: Fate,
+pub enum Settled {
+    /// The row's end is committed, or there is nothing to write: its place is free.
+    Ended {
+        /// Row id.
+        id: i64,
+        /// What became of it.
+        fate: Fate,
+    },
+    /// Its end is not written yet, while those of others are, and is tried again. It keeps its place, and little else waits
+    /// for it.
+    Aside {
+        /// Row id.
+        id: i64,
+        /// What is to be written.
+        way: Way,
+    },
 }
 
 /// What poll has to know about a settled row.
@@ -162,8 +173,6 @@ pub enum Fate {
         /// Whose fault it was.
         fault: Fault,
     },
-    /// Not written yet, while others are; tried again. It keeps its place, and little else waits for it.
-    Aside(Way),
     /// In the table as it was.
     Released,
     /// The same, and its key is held by its worker.

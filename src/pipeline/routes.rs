@@ -144,8 +144,8 @@ impl Routes {
         }
     }
 
-    /// The route has refused lately, so that its successes are worth watching.
-    pub fn watches(&self, route: &Route) -> bool {
+    /// The route has refused since it last worked, so that a success is news.
+    pub fn refused_lately(&self, route: &Route) -> bool {
         !self.refusing.is_empty() && self.refusing.contains_key(route)
     }
 

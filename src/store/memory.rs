@@ -73,7 +73,7 @@ pub struct Stored {
     pub available_at: Instant,
     /// Delivered when.
     pub delivered_at: Option<Instant>,
-    /// Set aside.
+    /// Never to be sent.
     pub dead: bool,
     /// Why it was refused last.
     pub last_error: Option<String>,

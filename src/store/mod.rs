@@ -225,7 +225,7 @@ pub struct Waiting {
     pub reason: String,
 }
 
-/// A row that is set aside.
+/// A row that is dead from now on.
 #[derive(Debug, Clone)]
 pub struct Dead {
     /// Row id.
@@ -305,7 +305,7 @@ pub struct Census {
     pub pending: u64,
     /// Age of the oldest pending row that could have been sent, in seconds.
     pub oldest_seconds: f64,
-    /// Set aside.
+    /// Never to be sent.
     pub dead: u64,
     /// Refused and waiting.
     pub waiting: u64,

@@ -213,7 +213,7 @@ impl Metrics {
             "Age of the oldest pending row that is due",
             self.oldest_pending_seconds.clone(),
         );
-        registry.register("dead_messages", "Rows set aside", self.dead_rows.clone());
+        registry.register("dead_messages", "Rows that are dead", self.dead_rows.clone());
         registry.register("waiting_messages", "Rows refused and waiting", self.waiting.clone());
         registry.register(
             "blocked_keys",

@@ -131,7 +131,7 @@ struct InFlight {
     /// Sent to try a parked route.
     probe: bool,
     /// Set for rows whose success is news: their route has refused lately.
-    watched: Option<Arc<Route>>,
+    refusing: Option<Arc<Route>>,
     /// What is settled was forgotten meanwhile, and with it what its mark is worth.
     forgotten: bool,
     /// Its end cannot be written for now.

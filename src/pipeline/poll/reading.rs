@@ -209,7 +209,7 @@ impl<S: Store> Poll<S> {
         if self.in_flight.contains_key(&row.id) {
             return false;
         }
-        let watched = self.routes.watches(&row.route).then(|| Arc::clone(&row.route));
+        let refusing = self.routes.refused_lately(&row.route).then(|| Arc::clone(&row.route));
         self.last_read = self.last_read.max(row.id);
         self.known.add(row.id);
         self.bytes_in_flight += row.bytes();
@@ -220,7 +220,7 @@ impl<S: Store> Poll<S> {
         }
         self.shards.sent(row.lease);
         let (bytes, lease) = (row.bytes(), row.lease);
-        let place = InFlight { bytes, lease, key, worker, probe, watched, forgotten: false, aside: None };
+        let place = InFlight { bytes, lease, key, worker, probe, refusing, forgotten: false, aside: None };
         self.in_flight.insert(row.id, place);
         true
     }

@@ -22,68 +22,67 @@ impl<S: Store> Poll<S> {
 
     pub(super) async fn settle_all(&mut self, settled: Vec<Settled>) {
         for settled in settled {
-            self.settle(settled).await;
+            match settled {
+                Settled::Ended { id, fate } => self.settle(id, fate).await,
+                Settled::Aside { id, way } => self.set_aside(id, way).await,
+            }
         }
         self.show_in_flight();
     }
 
-    /// Frees the place of a settled row.
-    async fn settle(&mut self, Settled { id, fate }: Settled) {
-        if let Fate::Aside(way) = fate {
-            return self.set_aside(id, way).await;
+    async fn settle(&mut self, id: i64, fate: Fate) {
+        let Some(place) = self.free_place(id) else { return };
+        let key = place.key.clone();
+        self.learn_fate(id, fate, place);
+        if let Some(key) = key {
+            self.resume_key(&key).await;
         }
-        let Some(settled) = self.in_flight.remove(&id) else { return };
-        let InFlight { bytes, lease, key: key_in_flight, worker, probe, watched, forgotten, aside } = settled;
-        self.bytes_in_flight -= bytes;
-        match aside {
+    }
+
+    fn free_place(&mut self, id: i64) -> Option<InFlight> {
+        let place = self.in_flight.remove(&id)?;
+        self.bytes_in_flight -= place.bytes;
+        match place.aside {
             Some(_) => self.aside -= 1,
-            None => self.shards.settled(lease),
+            None => self.shards.settled(place.lease),
         }
-        if let Some(key) = &key_in_flight {
+        if let Some(key) = &place.key {
             self.keys.settled(key);
         }
+        Some(place)
+    }
+
+    /// What it tells of the row's id, route and key.
+    fn learn_fate(&mut self, id: i64, fate: Fate, place: InFlight) {
+        let InFlight { lease, key, worker, probe, refusing, forgotten, aside, .. } = place;
+        // What was marked before a failover may be pending after it, or another row.
+        let is_over = matches!(fate, Fate::Delivered { certain: true } | Fate::Dead { certain: true });
+        if !is_over || forgotten {
+            self.known.remove(id);
+        }
         match fate {
-            Fate::Aside(_) => {}
-            Fate::Delivered { certain } => {
-                // What was marked before a failover may be pending after it, or another row.
-                if !certain || forgotten {
-                    self.known.remove(id);
-                }
-                if let Some(route) = watched {
+            Fate::Delivered { .. } => {
+                if let Some(route) = refusing {
                     self.route_works(route);
                 }
             }
-            Fate::Dead { certain } => {
-                if !certain || forgotten {
-                    self.known.remove(id);
-                }
-                self.end_probe(watched, probe);
-            }
-            Fate::Released => {
-                self.known.remove(id);
-                self.end_probe(watched, probe);
-            }
+            Fate::Dead { .. } | Fate::Released => self.end_probe(refusing, probe),
             Fate::Fenced => {
-                self.known.remove(id);
-                self.end_probe(watched, probe);
-                self.shards.fenced(lease.shard, worker, key_in_flight.clone());
+                self.end_probe(refusing, probe);
+                self.shards.fenced(lease.shard, worker, key);
             }
             Fate::Waiting { route, reason, fault } => {
-                self.known.remove(id);
                 // What stood aside was refused long ago.
                 if fault.blames_destination() && aside.is_none() {
                     self.route_refuses(&route, fault, &reason, probe);
                 } else {
                     // The message was refused, which says nothing of its route.
-                    self.end_probe(watched, probe);
+                    self.end_probe(refusing, probe);
                 }
-                if let Some(key) = &key_in_flight {
-                    self.keys.refused(Arc::clone(key), worker);
+                if let Some(key) = key {
+                    self.keys.refused(key, worker);
                 }
             }
-        }
-        if let Some(key) = key_in_flight {
-            self.resume_key(&key).await;
         }
     }
 
@@ -94,14 +93,14 @@ impl<S: Store> Poll<S> {
         let Some(row) = self.in_flight.get_mut(&id).filter(|row| row.aside.is_none()) else { return };
         row.aside = Some(way);
         let (lease, bytes) = (row.lease, std::mem::take(&mut row.bytes));
-        let (watched, probe) = (row.watched.take(), std::mem::take(&mut row.probe));
+        let (refusing, probe) = (row.refusing.take(), std::mem::take(&mut row.probe));
         let key = if way == Way::Unsent { None } else { row.key.take() };
         self.aside += 1;
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
-        match watched {
+        match refusing {
             Some(route) if way == Way::Delivered => self.route_works(route),
-            watched => self.end_probe(watched, probe),
+            refusing => self.end_probe(refusing, probe),
         }
         if let Some(key) = key {
             self.keys.settled(&key);
@@ -163,14 +162,14 @@ mod tests {
         let mut stage = stage();
         let poll = &mut stage.poll;
         poll.send(vec![plain_row(1), plain_row(2)], 0).await;
-        poll.settle(Settled { id: 1, fate: MARKED }).await;
+        poll.settle(1, MARKED).await;
         assert!(poll.known.contains(1) && poll.known.contains(2));
         poll.forget_what_is_settled();
         assert!(!poll.known.contains(1) && poll.known.contains(2), "it is in memory still");
-        poll.settle(Settled { id: 2, fate: MARKED }).await;
+        poll.settle(2, MARKED).await;
         assert!(!poll.known.contains(2));
         poll.send(vec![plain_row(3)], 0).await;
-        poll.settle(Settled { id: 3, fate: MARKED }).await;
+        poll.settle(3, MARKED).await;
         assert!(poll.known.contains(3), "what was read afterwards is trusted");
     }
 
@@ -179,8 +178,8 @@ mod tests {
     async fn the_id_of_a_row_that_is_perhaps_not_dead_is_asked_for_again() {
         let mut stage = stage();
         stage.poll.send(vec![plain_row(1), plain_row(2)], 0).await;
-        stage.poll.settle(Settled { id: 1, fate: Fate::Dead { certain: false } }).await;
-        stage.poll.settle(Settled { id: 2, fate: Fate::Dead { certain: true } }).await;
+        stage.poll.settle(1, Fate::Dead { certain: false }).await;
+        stage.poll.settle(2, Fate::Dead { certain: true }).await;
         assert!(!stage.poll.known.contains(1) && stage.poll.known.contains(2));
     }
 
@@ -196,8 +195,8 @@ mod tests {
         poll.send(vec![sent, unsent], 0).await;
         assert!(!poll.nothing_moves());
         for _ in 0..2 {
-            poll.settle(Settled { id: 1, fate: Fate::Aside(Way::Delivered) }).await;
-            poll.settle(Settled { id: 2, fate: Fate::Aside(Way::Unsent) }).await;
+            poll.set_aside(1, Way::Delivered).await;
+            poll.set_aside(2, Way::Unsent).await;
         }
         assert_eq!((poll.in_flight.len(), poll.aside, poll.bytes_in_flight), (2, 2, 0));
         assert!(poll.nothing_moves(), "a row that needs all the bytes may be read");
@@ -205,7 +204,7 @@ mod tests {
         assert_eq!(poll.keys.in_flight(), 1, "that of the row which is to be sent again");
         assert!(poll.known.contains(1) && poll.known.contains(2), "neither is read again");
         for id in 1..=2 {
-            poll.settle(Settled { id, fate: MARKED }).await;
+            poll.settle(id, MARKED).await;
         }
         assert_eq!((poll.in_flight.len(), poll.aside, poll.bytes_in_flight), (0, 0, 0));
         assert!(poll.shards.is_empty() && poll.keys.in_flight() == 0);
@@ -225,7 +224,7 @@ mod tests {
             let prober = poll.prober();
             poll.send(vec![row], prober).await;
             assert!(poll.routes.next_probe().is_none(), "one is on its way");
-            poll.settle(Settled { id: 1, fate: Fate::Aside(way) }).await;
+            poll.set_aside(1, way).await;
             assert_eq!(poll.routes.parked().len(), parked);
             assert_eq!(poll.routes.next_probe().is_some(), parked == 1, "it is tried again");
         }
@@ -240,8 +239,8 @@ mod tests {
         for row in rows {
             let (id, route, reason) = (row.id, row.route, "full".into());
             let refused = Fate::Waiting { route, reason, fault: Fault::Destination };
-            stage.poll.settle(Settled { id, fate: Fate::Aside(Way::Unsent) }).await;
-            stage.poll.settle(Settled { id, fate: refused }).await;
+            stage.poll.set_aside(id, Way::Unsent).await;
+            stage.poll.settle(id, refused).await;
         }
         assert!(stage.poll.in_flight.is_empty() && stage.poll.routes.parked().is_empty());
     }

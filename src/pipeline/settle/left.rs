@@ -20,29 +20,29 @@ pub(super) struct Part {
     pub outcomes: Vec<Outcome>,
     pub settlement: Settlement,
     /// A refused row whose wait was rejected: it is written as dead.
-    set_aside: bool,
+    became_dead: bool,
 }
 
 impl Part {
     pub(super) fn new(outcomes: Vec<Outcome>) -> Self {
-        Self { settlement: settlement(&outcomes), outcomes, set_aside: false }
+        Self { settlement: settlement(&outcomes), outcomes, became_dead: false }
     }
 
     /// The row that is dead because its wait was rejected.
-    pub(super) fn set_aside(&self) -> Option<&Dead> {
-        self.settlement.dead.first().filter(|_| self.set_aside)
+    pub(super) fn became_dead(&self) -> Option<&Dead> {
+        self.settlement.dead.first().filter(|_| self.became_dead)
     }
 
     /// A row that cannot wait must not be sent again and again. Its key is held by its worker as that of a row that waits, and
     /// goes on like one.
     fn into_death(self, error: &StoreError) -> Result<Self, Self> {
-        let waits = self.settlement.waiting.first().filter(|_| !self.set_aside);
+        let waits = self.settlement.waiting.first().filter(|_| !self.became_dead);
         let Some(&Waiting { id, message_id, lease, attempts, ref reason, .. }) = waits else {
             return Err(self);
         };
         let reason = format!("{reason}; dead because its wait cannot be written: {}", error.sentence);
         let dead = vec![Dead { id, message_id, lease, attempts, reason }];
-        Ok(Self { settlement: Settlement { dead, ..Settlement::default() }, set_aside: true, ..self })
+        Ok(Self { settlement: Settlement { dead, ..Settlement::default() }, became_dead: true, ..self })
     }
 }
 

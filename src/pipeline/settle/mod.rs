@@ -107,7 +107,7 @@ impl<S: Store> Settle<S> {
             }
             let aside = self.left.take_news();
             if !aside.is_empty() {
-                let settled = aside.into_iter().map(|(id, way)| Settled { id, fate: Fate::Aside(way) });
+                let settled = aside.into_iter().map(|(id, way)| Settled::Aside { id, way });
                 hand_over(&self.output, settled.collect()).await;
             }
             if answered {
@@ -250,13 +250,14 @@ impl<S: Store> Settle<S> {
     async fn report(&mut self, part: Part, written: &Written) {
         let certain = part.settlement.is_marked_by(written);
         let is_written = certain && written.locked.is_empty();
-        if let Some(Dead { id, message_id, attempts, reason, .. }) = part.set_aside().filter(|_| is_written) {
+        if let Some(Dead { id, message_id, attempts, reason, .. }) = part.became_dead().filter(|_| is_written)
+        {
             tracing::warn!(id, %message_id, attempts, reason, "row is dead: it can not be delivered");
             self.metrics.dead.inc();
         }
         let outcomes = self.left.keep_locked(part.outcomes, &written.locked);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let settled = |Outcome { id, end, .. }| Settled { id, fate: self.count(end, certain, now) };
+        let settled = |Outcome { id, end, .. }| Settled::Ended { id, fate: self.count(end, certain, now) };
         let settled: Vec<Settled> = outcomes.into_iter().map(settled).collect();
         if !settled.is_empty() {
             // Nobody takes it when poll has ended, which on a stop is as it should be.
@@ -411,11 +412,16 @@ mod tests {
         let mut stage = Stage::start(&store);
         stage.input.send(outcomes(1..4)).await.unwrap();
         let settled = stage.settled().await;
-        let certain = |settled: &Settled| matches!(settled.fate, Fate::Delivered { certain: true });
-        assert_eq!(settled.iter().map(|settled| settled.id).collect::<Vec<_>>(), [1, 3]);
+        let certain = |settled: &Settled| {
+            matches!(settled, Settled::Ended { fate: Fate::Delivered { certain: true }, .. })
+        };
+        assert!(
+            matches!(settled[..], [Settled::Ended { id: 1, .. }, Settled::Ended { id: 3, .. }]),
+            "{settled:?}"
+        );
         assert!(settled.iter().all(certain), "{settled:?}");
         let aside = stage.settled().await;
-        assert!(matches!(aside[..], [Settled { id: 2, fate: Fate::Aside(Way::Delivered) }]), "{aside:?}");
+        assert!(matches!(aside[..], [Settled::Aside { id: 2, way: Way::Delivered }]), "{aside:?}");
         assert_eq!(stage.end().await.expect_err("one is locked").rows, 1);
     }
 
@@ -429,13 +435,22 @@ mod tests {
         stage.input.send([wait(1, "k")].into_iter().chain(behind).collect()).await.unwrap();
         let aside = stage.settled().await;
         assert_eq!(aside.len(), 1 + APART_FROM);
-        assert!(aside.iter().all(|settled| matches!(settled.fate, Fate::Aside(Way::Unsent))), "{aside:?}");
+        assert!(
+            aside.iter().all(|settled| matches!(settled, Settled::Aside { way: Way::Unsent, .. })),
+            "{aside:?}"
+        );
         tokio::time::sleep(Duration::from_secs(60)).await;
         assert!(stage.output.try_recv().is_err(), "tried again, and told once");
         store.lock_rows([]);
         let settled = stage.settled().await;
-        assert!(matches!(settled[0], Settled { id: 1, fate: Fate::Waiting { .. } }), "{:?}", settled[0]);
-        assert!(settled[1..].iter().all(|settled| matches!(settled.fate, Fate::Released)));
+        assert!(
+            matches!(settled[0], Settled::Ended { id: 1, fate: Fate::Waiting { .. } }),
+            "{:?}",
+            settled[0]
+        );
+        assert!(
+            settled[1..].iter().all(|settled| matches!(settled, Settled::Ended { fate: Fate::Released, .. }))
+        );
         assert_eq!(settled.len(), 1 + APART_FROM);
         stage.end().await.expect("all is written");
     }

@@ -5,12 +5,14 @@
 //! - `tls`: certificates for it.
 //! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
 //! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
+//! - `confirms`: the answers of the broker, gathered.
 //! - `rounds`: in which order the messages of a batch are sent.
 //! - `message`: a row as an AMQP message.
 //! - `classify`: what the broker's errors mean.
 //! - `preflight`: what `check` looks at.
 
 pub mod classify;
+mod confirms;
 mod connection;
 mod exchanges;
 mod link;
