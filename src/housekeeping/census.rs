@@ -12,6 +12,7 @@ const CENSUS_INTERVAL: Duration = Duration::from_secs(1);
 /// A statement that took long is followed by this many times its duration of rest: 5 % of one connection up to 1.5 s, a
 /// third at its time limit. Not for longer, so that a server that was frozen while it counted is in sight again soon.
 const CENSUS_REST: Rest = Rest { times: 20, at_most: Duration::from_secs(30) };
+
 /// Counts rows until stopped.
 pub async fn census<S: Store>(
     store: Arc<S>,

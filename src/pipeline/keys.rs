@@ -60,7 +60,7 @@ impl Keys {
 
     /// The workers that may take this key again, because nothing of it is in flight any more.
     pub fn take_resumed(&mut self, key: &Arc<str>) -> Vec<usize> {
-        if self.in_flight.contains_key(key) {
+        if self.held.is_empty() || self.in_flight.contains_key(key) {
             return Vec::new();
         }
         let Some(workers) = self.held.remove(key) else { return Vec::new() };

@@ -201,14 +201,23 @@ mod tests {
         Routes::new(&Settings { retry_min, retry_max, max_in_flight, max_in_flight_bytes: 1000, ..settings })
     }
 
-    fn route() -> Arc<Route> {
-        Arc::new(Route { exchange: "x".to_owned(), routing_key: "k".to_owned() })
+    fn numbered(number: usize) -> Arc<Route> {
+        Arc::new(Route { exchange: "x".to_owned(), routing_key: number.to_string() })
+    }
+
+    fn park(routes: &mut Routes, route: &Arc<Route>, fault: Fault, now: Instant) {
+        for _ in 0..PARK_AFTER {
+            routes.refused(route, fault, false, now);
+        }
     }
 
     #[test]
     fn a_route_is_parked_probed_and_released() {
-        let (mut routes, route, now) =
-            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+        let (mut routes, route, now) = (
+            routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000),
+            numbered(1),
+            Instant::now(),
+        );
         assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Unchanged);
         assert_eq!(routes.refused(&route, Fault::Unroutable, false, now), Parking::Unchanged);
         assert!(!routes.is_to_be_told(&route), "not parked yet");
@@ -237,10 +246,8 @@ mod tests {
     #[test]
     fn probes_come_at_least_every_five_seconds() {
         let (mut routes, route, mut now) =
-            (routes_of(Duration::from_secs(1), Duration::from_secs(3600), 2000), route(), Instant::now());
-        for _ in 0..PARK_AFTER {
-            routes.refused(&route, Fault::Unroutable, false, now);
-        }
+            (routes_of(Duration::from_secs(1), Duration::from_secs(3600), 2000), numbered(1), Instant::now());
+        park(&mut routes, &route, Fault::Unroutable, now);
         for _ in 0..50 {
             now += PROBE_MAX;
             assert!(routes.take_due_probe(now).is_some());
@@ -250,11 +257,12 @@ mod tests {
 
     #[test]
     fn a_probe_without_an_answer_is_followed_by_a_longer_rest_of_bounded_length() {
-        let (mut routes, route, now) =
-            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
-        for _ in 0..PARK_AFTER {
-            routes.refused(&route, Fault::Silence, false, now);
-        }
+        let (mut routes, route, now) = (
+            routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000),
+            numbered(1),
+            Instant::now(),
+        );
+        park(&mut routes, &route, Fault::Silence, now);
         let sent = now + PROBE_MAX;
         assert!(routes.take_due_probe(sent).is_some());
         routes.probe_sent(&route, 1, sent);
@@ -271,11 +279,12 @@ mod tests {
     /// Its answer came at once; only its turn was late, behind a probe of a silent route.
     #[test]
     fn a_probe_that_waited_for_its_turn_is_followed_by_the_next_as_soon_as_ever() {
-        let (mut routes, route, now) =
-            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
-        for _ in 0..PARK_AFTER {
-            routes.refused(&route, Fault::Unroutable, false, now);
-        }
+        let (mut routes, route, now) = (
+            routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000),
+            numbered(1),
+            Instant::now(),
+        );
+        park(&mut routes, &route, Fault::Unroutable, now);
         let mut sent = now + PROBE_MAX;
         for _ in 0..2 {
             assert!(routes.take_due_probe(sent).is_some());
@@ -299,17 +308,14 @@ mod tests {
     fn silent_routes_are_probed_one_after_the_other_and_others_beside_them() {
         let (mut routes, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
-        let named = |name: &str| Arc::new(Route { exchange: "x".to_owned(), routing_key: name.to_owned() });
         let all = [
-            (named("a"), Fault::Silence),
-            (named("b"), Fault::Silence),
-            (named("c"), Fault::Unroutable),
-            (named("d"), Fault::Unroutable),
+            (numbered(1), Fault::Silence),
+            (numbered(2), Fault::Silence),
+            (numbered(3), Fault::Unroutable),
+            (numbered(4), Fault::Unroutable),
         ];
         for (route, fault) in &all {
-            for _ in 0..PARK_AFTER {
-                routes.refused(route, *fault, false, now);
-            }
+            park(&mut routes, route, *fault, now);
         }
         let later = now + PROBE_MAX;
         let taken: Vec<_> = std::iter::from_fn(|| routes.take_due_probe(later)).collect();
@@ -326,13 +332,9 @@ mod tests {
     fn every_parked_route_is_probed_in_its_turn() {
         let (mut routes, mut now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
-        let all: Vec<_> = (0..50)
-            .map(|n| Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") }))
-            .collect();
+        let all: Vec<_> = (0..50).map(numbered).collect();
         for route in &all {
-            for _ in 0..PARK_AFTER {
-                routes.refused(route, Fault::Unroutable, false, now);
-            }
+            park(&mut routes, route, Fault::Unroutable, now);
         }
         now += PROBE_MAX;
         // Slower than routes become due again.
@@ -351,10 +353,8 @@ mod tests {
         let (mut routes, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 8), Instant::now());
         for n in 0..5 {
-            let route = Arc::new(Route { exchange: "x".to_owned(), routing_key: format!("{n}") });
-            for _ in 0..PARK_AFTER {
-                routes.refused(&route, Fault::Unroutable, false, now);
-            }
+            let route = numbered(n);
+            park(&mut routes, &route, Fault::Unroutable, now);
         }
         let later = now + PROBE_MAX;
         let first = routes.take_due_probe(later).expect("one is due");
@@ -368,21 +368,21 @@ mod tests {
     fn a_bounded_number_of_routes_is_remembered() {
         let (mut routes, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
-        let named = |n: usize| Arc::new(Route { exchange: "x".to_owned(), routing_key: n.to_string() });
         for n in 0..ROUTES_MAX + 10 {
-            routes.refused(&named(n), Fault::Unroutable, false, now);
+            routes.refused(&numbered(n), Fault::Unroutable, false, now);
         }
         assert_eq!(routes.refusing.len(), ROUTES_MAX);
-        for _ in 0..PARK_AFTER {
-            routes.refused(&named(0), Fault::Unroutable, false, now);
-        }
-        assert_eq!(routes.parked(), [named(0)], "those that are remembered are parked still");
+        park(&mut routes, &numbered(0), Fault::Unroutable, now);
+        assert_eq!(routes.parked(), [numbered(0)], "those that are remembered are parked still");
     }
 
     #[test]
     fn a_success_in_between_starts_the_count_anew() {
-        let (mut routes, route, now) =
-            (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), route(), Instant::now());
+        let (mut routes, route, now) = (
+            routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000),
+            numbered(1),
+            Instant::now(),
+        );
         for _ in 0..10 {
             routes.refused(&route, Fault::Unroutable, false, now);
             routes.refused(&route, Fault::Unroutable, false, now);
@@ -396,12 +396,8 @@ mod tests {
     fn probes_take_a_part_of_the_bytes() {
         let (mut routes, now) =
             (routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000), Instant::now());
-        let route =
-            |number: usize| Arc::new(Route { exchange: "x".to_owned(), routing_key: number.to_string() });
         for number in 0..5 {
-            for _ in 0..PARK_AFTER {
-                routes.refused(&route(number), Fault::Unroutable, false, now);
-            }
+            park(&mut routes, &numbered(number), Fault::Unroutable, now);
         }
         let later = now + Duration::from_secs(60);
         let first = routes.take_due_probe(later).expect("one");

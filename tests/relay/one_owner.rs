@@ -315,7 +315,7 @@ async fn nothing_is_sent_on_a_lease_that_cannot_be_renewed() {
     // Of few keys each batch is small, so what has been read lasts longer than the lease.
     broker.set(Link::Delay(Duration::from_millis(100)));
     world.write(5000, 5).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 10).await;
+    world.until_at_least("select count(*) from outbox where delivered_at is not null", 100).await;
     proxy.set(Link::Silent);
     let heir = world.process(&[]).await;
     shared(&[&heir]).await;

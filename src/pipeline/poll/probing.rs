@@ -81,7 +81,7 @@ impl<S: Store> Poll<S> {
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match unless_lost(self.pulse.beat_during(probe).await) {
             // The next one is another row.
-            Ok(Some(Some(row))) if self.is_early(&row) => {
+            Ok(Some(Some(row))) if self.put_off(&row) => {
                 self.routes.probe_released(&route, Instant::now());
             }
             Ok(Some(Some(row))) => {

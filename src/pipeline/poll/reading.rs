@@ -84,7 +84,7 @@ impl<S: Store> Poll<S> {
         self.delays = Delays::default();
         let swept = sweeping && !read.more;
         let early_before = self.keys.early().len();
-        read.rows.retain(|row| !self.is_early(row));
+        read.rows.retain(|row| !self.put_off(row));
         let early = self.keys.early().len();
         if sweeping {
             let whole = early == 0 && leases.len() == self.holdings.borrow().leases().len();
@@ -116,8 +116,8 @@ impl<S: Store> Poll<S> {
         (rows.min((bytes / self.row_bytes).max(1)), bytes)
     }
 
-    /// Earlier rows of its key are still on their way back; it is not asked for before they are.
-    pub(super) fn is_early(&mut self, row: &Row) -> bool {
+    /// Puts a row off if earlier ones of its key are still on their way back: it is not asked for before they are.
+    pub(super) fn put_off(&mut self, row: &Row) -> bool {
         let Some(key) = row.ordering_key.as_ref().filter(|key| self.keys.is_held(key)) else { return false };
         // Where a key's refused row was deleted, its whole backlog may come early.
         if self.keys.early().len() < self.limits.rows {
@@ -128,7 +128,9 @@ impl<S: Store> Poll<S> {
 
     /// What an answer is to leave out.
     pub(super) fn not_wanted(&self, exact: bool) -> Vec<i64> {
-        self.in_flight_unless(exact).into_iter().chain(self.keys.early()).collect()
+        let mut ids = self.in_flight_unless(exact);
+        ids.extend(self.keys.early());
+        ids
     }
 
     /// What an answer tells beside its rows.
