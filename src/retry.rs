@@ -136,34 +136,25 @@ pub const CONTENTION_BACKOFF: Backoff =
 pub const WATCH_BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: Duration::from_secs(60) };
 
 impl Backoff {
-    /// Delays without end. backon's jitter adds up to the delay itself, so it is capped after.
-    pub fn delays(self) -> impl Iterator<Item = Duration> + Send + Sync + use<> {
-        let builder = ExponentialBuilder::default()
+    /// The delay after so many before it. backon's jitter adds up to the delay itself, so it is capped after.
+    pub fn delay(self, before: u32) -> Duration {
+        let delays = ExponentialBuilder::default()
             .with_min_delay(self.min)
             .with_max_delay(self.max)
             .with_factor(2.0)
             .without_max_times()
             .with_jitter();
-        builder.build().map(move |delay| delay.min(self.max))
-    }
-
-    /// The delay after so many before it.
-    pub fn delay(self, before: u32) -> Duration {
         // Twice the one before each time: from 1 ms, the shortest setting, 1 day, the longest, is reached after 27.
-        self.delays().nth(before.min(32) as usize).unwrap_or(self.max)
+        delays.build().nth(before.min(32) as usize).map_or(self.max, |delay| delay.min(self.max))
     }
 }
 
 /// Pauses between tries of a call to the store, by what kind of trouble it is.
+#[derive(Debug, Default)]
 pub struct Delays {
     trouble: Option<Trouble>,
-    delays: Box<dyn Iterator<Item = Duration> + Send + Sync>,
-}
-
-impl Default for Delays {
-    fn default() -> Self {
-        Self { trouble: None, delays: Box::new(std::iter::empty()) }
-    }
+    /// In a row, of this kind.
+    tries: u32,
 }
 
 impl Delays {
@@ -174,11 +165,11 @@ impl Delays {
             Trouble::Contention => CONTENTION_BACKOFF,
             Trouble::Configuration | Trouble::Rejected => CONFIGURATION_BACKOFF,
         };
-        if self.trouble != Some(error.trouble) {
-            self.trouble = Some(error.trouble);
-            self.delays = Box::new(Backoff::delays(backoff));
+        if self.trouble.replace(error.trouble) != Some(error.trouble) {
+            self.tries = 0;
         }
-        self.delays.next().unwrap_or(backoff.max)
+        self.tries = self.tries.saturating_add(1);
+        backoff.delay(self.tries - 1)
     }
 }
 

@@ -114,8 +114,8 @@ impl<P: Publisher> Worker<P> {
     }
 
     async fn work(&mut self) {
-        let mut outages: Box<dyn Iterator<Item = Duration> + Send> = Box::new(OUTAGE_BACKOFF.delays());
-        let mut told = false;
+        // Batches in a row of which nothing came to an end.
+        let mut stuck_batches = 0_u32;
         while self.fill().await {
             if !self.sink_is_ready().await {
                 return;
@@ -126,13 +126,14 @@ impl<P: Publisher> Worker<P> {
                 return;
             }
             match stuck {
-                None => (outages, told) = (Box::new(OUTAGE_BACKOFF.delays()), false),
+                None => stuck_batches = 0,
                 // The sink calls itself ready and nothing goes through: do not spin.
                 Some(reason) => {
-                    if !std::mem::replace(&mut told, true) {
+                    if stuck_batches == 0 {
                         tracing::warn!(reason, "a batch came back unsent or unanswered; sending it again");
                     }
-                    let pause = outages.next().unwrap_or(OUTAGE_BACKOFF.max);
+                    let pause = OUTAGE_BACKOFF.delay(stuck_batches);
+                    stuck_batches = stuck_batches.saturating_add(1);
                     self.pulse.beat_during(tokio::time::sleep(pause)).await;
                 }
             }

@@ -92,18 +92,19 @@ impl Link {
     }
 
     async fn connect_until_up(&mut self) -> Arc<BrokerConnection> {
-        let (mut outage, mut configuration) = (OUTAGE_BACKOFF.delays(), CONFIGURATION_BACKOFF.delays());
+        let (mut outages, mut refusals) = (0_u32, 0_u32);
         loop {
             let away = match self.connect_once().await {
                 Ok(connection) => return Arc::new(connection),
                 Err(away) => away,
             };
-            let wait = match &away {
-                SinkState::Away { configuration: true, .. } => configuration.next(),
-                _ => outage.next(),
+            let (backoff, tries) = match &away {
+                SinkState::Away { configuration: true, .. } => (CONFIGURATION_BACKOFF, &mut refusals),
+                _ => (OUTAGE_BACKOFF, &mut outages),
             };
             self.announce_away(away);
-            tokio::time::sleep(wait.unwrap_or(OUTAGE_BACKOFF.max)).await;
+            tokio::time::sleep(backoff.delay(*tries)).await;
+            *tries = tries.saturating_add(1);
         }
     }
 
