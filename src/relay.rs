@@ -12,7 +12,7 @@ use crate::ownership::{self, Holdings, Keeper, Permit};
 use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle, settle::Unwritten};
 use crate::sink::Sink;
 use crate::store::{Lease, LeaseTable, Store};
-use crate::telemetry::{Board, Metrics, Pulses};
+use crate::telemetry::{Metrics, Telemetry};
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -40,9 +40,7 @@ pub struct Relay<S, K> {
     settings: Settings,
     store: Arc<S>,
     sink: K,
-    metrics: Arc<Metrics>,
-    board: Arc<Board>,
-    pulses: Pulses,
+    telemetry: Telemetry,
     holdings: Arc<watch::Sender<Holdings>>,
 }
 
@@ -52,15 +50,12 @@ type Ended = (&'static str, Result<(), Unwritten>);
 impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
     /// Puts a relay together; nothing runs yet.
     pub fn new(settings: Settings, store: S, sink: K, metrics: Arc<Metrics>) -> Self {
-        let board = Arc::new(Board::new(Arc::clone(&metrics)));
         let holdings = Holdings::none(Uuid::new_v4(), settings.shards as u32);
         Self {
             settings,
             store: Arc::new(store),
             sink,
-            metrics,
-            board,
-            pulses: Pulses::default(),
+            telemetry: Telemetry::new(metrics),
             holdings: Arc::new(watch::Sender::new(holdings)),
         }
     }
@@ -82,7 +77,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             // 3. The same for what runs beside.
             ended = beside.join_next() => ended.and_then(|ended| failure_of(ended, true)),
         };
-        self.board.set_stopping();
+        self.telemetry.board.set_stopping();
         stopping.cancel();
         let failure = self.drain(&mut stages, failure, &cut).await;
 
@@ -106,7 +101,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         mut failure: Option<RelayError>,
         cut: &CancellationToken,
     ) -> Option<RelayError> {
-        let in_flight = self.metrics.in_flight.get();
+        let in_flight = self.telemetry.metrics.in_flight.get();
         tracing::info!(in_flight, grace_seconds = self.settings.shutdown_grace.as_secs_f64(), "stopping");
         let grace = tokio::time::sleep(self.settings.shutdown_grace);
         tokio::pin!(grace);
@@ -151,21 +146,13 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
                 sink: self.sink.state(),
                 permit: Permit::new(self.holdings.subscribe()),
             };
-            let pulse = self.pulses.start("publish");
-            let metrics = Arc::clone(&self.metrics);
-            let worker = Worker::new(ends, &self.settings, stopping.clone(), cut.clone(), pulse, metrics);
+            let instruments = self.telemetry.of("publish");
+            let worker = Worker::new(ends, &self.settings, stopping.clone(), cut.clone(), instruments);
             stages.spawn(part("publish", worker.run()));
         }
         drop(outcomes);
         let ends = settle::Ends { input: outcomes_in, output: settled, store: Arc::clone(&self.store) };
-        let settle = Settle::new(
-            ends,
-            &self.settings,
-            cut.clone(),
-            Arc::clone(&self.board),
-            self.pulses.start("settle"),
-            Arc::clone(&self.metrics),
-        );
+        let settle = Settle::new(ends, &self.settings, cut.clone(), self.telemetry.of("settle"));
         stages.spawn(async { ("settle", settle.run().await) });
         let ends = poll::Ends {
             store: Arc::clone(&self.store),
@@ -175,14 +162,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             holdings: self.holdings.subscribe(),
             drained,
         };
-        let poll = Poll::new(
-            ends,
-            &self.settings,
-            stopping.clone(),
-            Arc::clone(&self.board),
-            self.pulses.start("poll"),
-            Arc::clone(&self.metrics),
-        );
+        let poll = Poll::new(ends, &self.settings, stopping.clone(), self.telemetry.of("poll"));
         stages.spawn(part("poll", poll.run()));
         stages
     }
@@ -203,31 +183,21 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
             sink: self.sink.state(),
             stopping: stopping.clone(),
         };
-        let (board, pulse) = (Arc::clone(&self.board), self.pulses.start("ownership"));
-        let keeper = Keeper::new(ends, &self.settings, board, pulse, Arc::clone(&self.metrics));
+        let keeper = Keeper::new(ends, &self.settings, self.telemetry.of("ownership"));
         beside.spawn(part("ownership", keeper.run(stop.clone())));
-        let (store, metrics) = (&self.store, &self.metrics);
-        let census = housekeeping::census(
-            Arc::clone(store),
-            Arc::clone(&self.board),
-            Arc::clone(metrics),
-            self.pulses.start("census"),
-            stop.clone(),
-        );
+        let store = || Arc::clone(&self.store);
+        let census = housekeeping::census(store(), self.telemetry.of("census"), stop.clone());
         beside.spawn(part("counting", census));
         let purge = housekeeping::purge(
-            Arc::clone(store),
+            store(),
             self.holdings.subscribe(),
             self.settings.retention,
-            Arc::clone(metrics),
-            self.pulses.start("purge"),
+            self.telemetry.of("purge"),
             stop.clone(),
         );
         beside.spawn(part("retention", purge));
         let view = http::View {
-            board: Arc::clone(&self.board),
-            metrics: Arc::clone(metrics),
-            pulses: self.pulses.clone(),
+            telemetry: self.telemetry.clone(),
             sink: self.sink.state(),
             holdings: self.holdings.subscribe(),
         };

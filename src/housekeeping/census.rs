@@ -2,7 +2,7 @@
 
 use crate::retry::{Delays, Rest};
 use crate::store::{Census, Store, StoreError, Trouble};
-use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use crate::telemetry::{DatabaseUser, Instruments, Metrics};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -14,13 +14,8 @@ const CENSUS_INTERVAL: Duration = Duration::from_secs(1);
 const CENSUS_REST: Rest = Rest { times: 20, at_most: Duration::from_secs(30) };
 
 /// Counts rows until stopped.
-pub async fn census<S: Store>(
-    store: Arc<S>,
-    board: Arc<Board>,
-    metrics: Arc<Metrics>,
-    pulse: Pulse,
-    stop: CancellationToken,
-) {
+pub async fn census<S: Store>(store: Arc<S>, instruments: Instruments, stop: CancellationToken) {
+    let Instruments { metrics, board, pulse } = instruments;
     let count = async {
         let mut delays = Delays::default();
         loop {

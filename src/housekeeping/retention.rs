@@ -2,8 +2,8 @@
 
 use crate::ownership::Holdings;
 use crate::retry::WALK_REST;
-use crate::store::{Bite, Store, StoreError};
-use crate::telemetry::{Metrics, Pulse};
+use crate::store::{Purged, Store, StoreError};
+use crate::telemetry::{Instruments, Metrics};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -25,8 +25,7 @@ pub async fn purge<S: Store>(
     store: Arc<S>,
     holdings: watch::Receiver<Holdings>,
     retention: Duration,
-    metrics: Arc<Metrics>,
-    pulse: Pulse,
+    Instruments { metrics, pulse, .. }: Instruments,
     stop: CancellationToken,
 ) {
     let passes = async {
@@ -70,19 +69,19 @@ async fn pass<S: Store>(store: &S, retention: Duration, metrics: &Metrics) -> Pa
         let started = Instant::now();
         let bitten = store.purge(after, BITE_ROWS, retention).await;
         let took = started.elapsed();
-        let Bite { looked_at, purged, last_id } = match bitten {
+        let Purged { looked_at, deleted, last_id } = match bitten {
             Ok(bite) => bite,
             Err(error) => return Pass { in_vain: in_vain + took, failure: Some(error) },
         };
-        metrics.purged.inc_by(purged);
+        metrics.purged.inc_by(deleted);
         let is_last = looked_at < BITE_ROWS as u64;
-        if is_last || purged == 0 {
+        if is_last || deleted == 0 {
             in_vain += took;
         }
         if is_last {
             break;
         }
-        bites_in_vain = if purged == 0 { bites_in_vain + 1 } else { 0 };
+        bites_in_vain = if deleted == 0 { bites_in_vain + 1 } else { 0 };
         after = last_id;
         tokio::time::sleep(took * BITE_REST).await;
     }

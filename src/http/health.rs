@@ -3,9 +3,8 @@
 use crate::ownership::Holdings;
 use crate::sink::SinkState;
 use crate::store::Census;
-use crate::telemetry::{Board, Database, Metrics, Peer, Pulses};
+use crate::telemetry::{Database, Peer, Telemetry};
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -14,9 +13,7 @@ use uuid::Uuid;
 #[derive(Debug, Clone)]
 #[allow(missing_docs, reason = "the types say it")]
 pub struct View {
-    pub board: Arc<Board>,
-    pub metrics: Arc<Metrics>,
-    pub pulses: Pulses,
+    pub telemetry: Telemetry,
     pub sink: watch::Receiver<SinkState>,
     pub holdings: watch::Receiver<Holdings>,
 }
@@ -152,35 +149,35 @@ impl View {
     /// The text Prometheus scrapes. What is a state, and nobody's count, is taken now: it may have changed by the clock alone.
     pub fn metrics(&self) -> String {
         let Health { database, broker, ownership, .. } = self.health();
-        self.metrics.peer_up(Peer::Database, database.state == "up");
-        self.metrics.peer_up(Peer::Broker, broker.state != "down");
+        self.telemetry.metrics.peer_up(Peer::Database, database.state == "up");
+        self.telemetry.metrics.peer_up(Peer::Broker, broker.state != "down");
         let owned = if ownership.state == "owner" { ownership.owned } else { 0 };
-        self.metrics.owned_shards.set(owned.into());
-        self.metrics.replicas.set(ownership.replicas.into());
-        self.metrics.lease_epoch.set(ownership.epoch);
-        self.metrics.encode()
+        self.telemetry.metrics.owned_shards.set(owned.into());
+        self.telemetry.metrics.replicas.set(ownership.replicas.into());
+        self.telemetry.metrics.lease_epoch.set(ownership.epoch);
+        self.telemetry.metrics.encode()
     }
 
     /// The state now. Counts of the table are at most a second old while counting is quick.
     pub fn health(&self) -> Health {
-        let database = match self.board.database() {
+        let database = match self.telemetry.board.database() {
             Database::Up => Part::new("up", None),
             Database::Unknown => Part::new("down", Some("not connected yet".to_owned())),
             Database::Down(reason) => Part::new("down", Some(reason)),
         };
         let broker = match &*self.sink.borrow() {
             SinkState::Ready => Part::new("up", None),
-            SinkState::Away { reason, .. } => Part::new("down", Some(reason.clone())),
+            SinkState::Away(away) => Part::new("down", Some(away.reason.clone())),
             SinkState::Blocked { reason } => {
                 Part::new("blocked", Some(format!("the broker asks publishers to stop: {reason}")))
             }
         };
-        let census = self.board.census();
+        let census = self.telemetry.board.census();
         let oldest = |census: Census| (census.oldest_seconds * 1000.0).round() / 1000.0;
         let named = |name: &str, part: &Part| part.reason.as_ref().map(|reason| format!("{name}: {reason}"));
         let reason = named("database", &database).or_else(|| named("broker", &broker));
         let ownership = self.ownership();
-        let unmarked = self.board.unmarked();
+        let unmarked = self.telemetry.board.unmarked();
         let reason = reason.or_else(|| ownership.problem()).or_else(|| unmarked.clone());
         let gauge = |value: i64| u64::try_from(value).unwrap_or(0);
         Health {
@@ -195,10 +192,10 @@ impl View {
             dead: census.map(|census| census.dead),
             waiting: census.map(|census| census.waiting),
             blocked_keys: census.map(|census| census.blocked_keys),
-            parked_routes: gauge(self.metrics.parked_routes.get()),
-            in_flight: gauge(self.metrics.in_flight.get()),
-            in_flight_bytes: gauge(self.metrics.in_flight_bytes.get()),
-            stopping: self.board.stopping(),
+            parked_routes: gauge(self.telemetry.metrics.parked_routes.get()),
+            in_flight: gauge(self.telemetry.metrics.in_flight.get()),
+            in_flight_bytes: gauge(self.telemetry.metrics.in_flight_bytes.get()),
+            stopping: self.telemetry.board.stopping(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }

@@ -46,7 +46,7 @@ fn router(view: View) -> Router {
 }
 
 async fn livez(State(view): State<View>) -> Response {
-    match view.pulses.stuck() {
+    match view.telemetry.pulses.stuck() {
         None => (StatusCode::OK, "ok\n").into_response(),
         Some(stage) => {
             (StatusCode::SERVICE_UNAVAILABLE, format!("the {stage} loop is stuck\n")).into_response()

@@ -11,7 +11,7 @@ use crate::retry::Delays;
 use crate::sink::SinkState;
 use crate::store::StoreError;
 use crate::store::leases::{Lease, LeaseTable, Member, Standing};
-use crate::telemetry::{Board, DatabaseUser, LeaseChange, Metrics, Pulse};
+use crate::telemetry::{Board, DatabaseUser, Instruments, LeaseChange, Metrics, Pulse};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,13 +63,8 @@ pub struct Ends<S> {
 
 impl<S: LeaseTable> Keeper<S> {
     /// A keeper for the replica that `holdings` names.
-    pub fn new(
-        ends: Ends<S>,
-        settings: &Settings,
-        board: Arc<Board>,
-        pulse: Pulse,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(ends: Ends<S>, settings: &Settings, instruments: Instruments) -> Self {
+        let Instruments { metrics, board, pulse } = instruments;
         let terms = Terms::new(settings.lease_ttl);
         let (replica, shards) = {
             let holdings = ends.holdings.borrow();
@@ -297,7 +292,6 @@ impl<S: LeaseTable> Keeper<S> {
 mod tests {
     use super::*;
     use crate::store::memory::MemoryStore;
-    use crate::telemetry::Pulses;
     use uuid::Uuid;
 
     /// Which may be long, where a message of it waits for its confirm. A renewal is a lock that all replicas share.
@@ -314,10 +308,7 @@ mod tests {
             sink,
             stopping: CancellationToken::new(),
         };
-        let metrics = Arc::new(Metrics::default());
-        let board = Arc::new(Board::new(Arc::clone(&metrics)));
-        let mut keeper =
-            Keeper::new(ends, &Settings::plain(), board, Pulses::default().start("leases"), metrics);
+        let mut keeper = Keeper::new(ends, &Settings::plain(), Instruments::unseen());
         keeper.note_broker();
         let other = Member { replica: Uuid::from_u128(2), ready: true, ..keeper.member };
         for _ in 0..2 {

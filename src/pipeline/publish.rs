@@ -14,7 +14,7 @@ use crate::ownership::Permit;
 use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
-use crate::telemetry::{Metrics, Pulse};
+use crate::telemetry::{Instruments, Metrics, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,8 +71,7 @@ impl<P: Publisher> Worker<P> {
         settings: &Settings,
         stopping: CancellationToken,
         cut: CancellationToken,
-        pulse: Pulse,
-        metrics: Arc<Metrics>,
+        instruments: Instruments,
     ) -> Self {
         Self {
             input: ends.input,
@@ -88,8 +87,8 @@ impl<P: Publisher> Worker<P> {
             silences: HashMap::new(),
             stopping,
             cut,
-            pulse,
-            metrics,
+            pulse: instruments.pulse,
+            metrics: instruments.metrics,
         }
     }
 

@@ -77,16 +77,33 @@ impl Fault {
     }
 }
 
+/// Why there is no connection.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Away {
+    /// Login, vhost or certificate: somebody has to change something.
+    pub configuration: bool,
+    /// One sentence for a person.
+    pub reason: String,
+}
+
+impl Away {
+    /// It comes back by itself.
+    pub fn outage(reason: impl Into<String>) -> Self {
+        Self { configuration: false, reason: reason.into() }
+    }
+
+    /// Somebody has to change something.
+    pub fn configuration(reason: impl Into<String>) -> Self {
+        Self { configuration: true, reason: reason.into() }
+    }
+}
+
 /// Whether messages can be sent now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SinkState {
     /// Not connected, and why.
-    Away {
-        /// Login, vhost or certificate: somebody has to change something.
-        configuration: bool,
-        /// One sentence for a person.
-        reason: String,
-    },
+    Away(Away),
     /// Connected.
     Ready,
     /// Connected, and the server asks us not to send.

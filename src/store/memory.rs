@@ -5,7 +5,7 @@
 
 use super::leases::{Lease, LeaseTable, Member, Standing};
 use super::{
-    Ask, Bite, Census, Delivered, Horizon, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
+    Ask, Census, Delivered, Horizon, Purged, Read, Route, Row, Settlement, Share, Store, StoreError, Trouble,
     Watch, Written,
 };
 use bytes::Bytes;
@@ -377,7 +377,7 @@ impl Store for MemoryStore {
         Ok(Written { marked, locked })
     }
 
-    async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Bite, StoreError> {
+    async fn purge(&self, after: i64, rows: usize, retention: Duration) -> Result<Purged, StoreError> {
         let mut table = self.call()?;
         let looked_at: Vec<(i64, Instant)> = table
             .rows
@@ -390,9 +390,9 @@ impl Store for MemoryStore {
         for id in &expired {
             table.rows.remove(id);
         }
-        Ok(Bite {
+        Ok(Purged {
             looked_at: looked_at.len() as u64,
-            purged: expired.len() as u64,
+            deleted: expired.len() as u64,
             last_id: looked_at.last().map_or(i64::MAX, |(id, _)| *id),
         })
     }

@@ -289,11 +289,11 @@ pub struct Written {
 
 /// What one bite of retention did.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Bite {
+pub struct Purged {
     /// Delivered rows looked at.
     pub looked_at: u64,
     /// Rows deleted.
-    pub purged: u64,
+    pub deleted: u64,
     /// Where the next bite goes on.
     pub last_id: i64,
 }
@@ -391,7 +391,7 @@ pub trait Store: Send + Sync + 'static {
         after: i64,
         rows: usize,
         retention: Duration,
-    ) -> impl Future<Output = Result<Bite, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Purged, StoreError>> + Send;
 
     /// Counts.
     fn census(&self) -> impl Future<Output = Result<Census, StoreError>> + Send;

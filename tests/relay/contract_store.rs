@@ -5,7 +5,7 @@ use crate::support::store::{ALL, ALL_SHARDS, LEASE, ask, member};
 use outbox_relay::store::leases::LeaseTable;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{
-    Ask, Bite, Dead, Delivered, Lease, Others, PostgresStore, Read, Route, Row, Settlement, Share, Store,
+    Ask, Dead, Delivered, Lease, Others, PostgresStore, Purged, Read, Route, Row, Settlement, Share, Store,
     Waiting, Watch,
 };
 use sqlx::{Connection, Executor};
@@ -277,7 +277,7 @@ async fn settles_all_kinds_and_twice(subject: &impl Subject) {
 async fn counts_and_purges(subject: &impl Subject) {
     let store = subject.store();
     let bite = store.purge(i64::MIN, 10, Duration::from_secs(3600)).await.expect("purge");
-    assert_eq!((bite.looked_at, bite.purged), (10, 0), "younger than the retention");
+    assert_eq!((bite.looked_at, bite.deleted), (10, 0), "younger than the retention");
     tokio::time::sleep(Duration::from_millis(20)).await;
     let long_passed = async |below, age| store.long_passed(below, age).await.expect("long passed");
     assert_eq!(
@@ -290,10 +290,10 @@ async fn counts_and_purges(subject: &impl Subject) {
     let mut after = i64::MIN;
     let mut purged = 0;
     loop {
-        let Bite { looked_at, purged: bite, last_id } =
+        let Purged { looked_at, deleted, last_id } =
             store.purge(after, 7, Duration::ZERO).await.expect("purge");
         assert!(looked_at <= 7);
-        purged += bite;
+        purged += deleted;
         after = last_id;
         if looked_at < 7 {
             break;

@@ -3,7 +3,7 @@
 use crate::support::scripted::ScriptedSink;
 use crate::support::world::{Allowed, RunningRelay, without_servers};
 use crate::support::{World, eventually, rng};
-use outbox_relay::sink::{Fault, Refusal, SinkState};
+use outbox_relay::sink::{Away, Fault, Refusal, SinkState};
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use outbox_relay::store::{Route, Row, StoreError, Trouble};
 use std::collections::HashMap;
@@ -179,7 +179,7 @@ async fn order_survives_every_kind_of_refusal() {
             let error = |trouble| StoreError { trouble, sentence: "scripted".to_owned() };
             store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
             if rng.u8(0..3) == 0 {
-                sink.set_state(SinkState::Away { configuration: false, reason: "scripted".to_owned() });
+                sink.set_state(SinkState::Away(Away::outage("scripted")));
                 tokio::time::sleep(std::time::Duration::from_millis(rng.u64(0..20))).await;
                 sink.set_state(SinkState::Ready);
             }

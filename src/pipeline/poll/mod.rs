@@ -26,7 +26,7 @@ use crate::ownership::Holdings;
 use crate::retry::{Delays, Rest};
 use crate::sink::SinkState;
 use crate::store::{Lease, Route, Store, StoreError, Trouble};
-use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use crate::telemetry::{Board, DatabaseUser, Instruments, Metrics, Pulse};
 use reading::Found;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -144,10 +144,9 @@ impl<S: Store> Poll<S> {
         ends: Ends<S>,
         settings: &Settings,
         stop: CancellationToken,
-        board: Arc<Board>,
-        pulse: Pulse,
-        metrics: Arc<Metrics>,
+        instruments: Instruments,
     ) -> Self {
+        let Instruments { metrics, board, pulse } = instruments;
         let limits = Limits {
             rows: settings.max_in_flight,
             bytes: settings.max_in_flight_bytes,

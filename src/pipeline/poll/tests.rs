@@ -7,7 +7,7 @@ use crate::pipeline::{Settled, Work};
 use crate::sink::SinkState;
 use crate::store::Lease;
 use crate::store::memory::MemoryStore;
-use crate::telemetry::{Board, Metrics, Pulses};
+use crate::telemetry::Instruments;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -42,10 +42,7 @@ pub(super) fn stage_with(settings: &Settings) -> Stage {
         holdings: holdings_in,
         drained,
     };
-    let metrics = Arc::new(Metrics::default());
-    let board = Arc::new(Board::new(Arc::clone(&metrics)));
-    let pulse = Pulses::default().start("poll");
-    let poll = Poll::new(ends, settings, CancellationToken::new(), board, pulse, metrics);
+    let poll = Poll::new(ends, settings, CancellationToken::new(), Instruments::unseen());
     let (_settled, _sink, _drained) = (settled, sink, drained_in);
     Stage { poll, store, holdings, workers: received, _settled, _sink, _drained }
 }

@@ -14,7 +14,7 @@ use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::retry::Delays;
 use crate::store::{Dead, Delivered, Settlement, Store, StoreError, Trouble, Waiting, Written};
-use crate::telemetry::{Board, DatabaseUser, Metrics, Pulse};
+use crate::telemetry::{Board, DatabaseUser, Instruments, Metrics, Pulse};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
@@ -75,14 +75,8 @@ pub struct Unwritten {
 
 impl<S: Store> Settle<S> {
     /// A stage that ends when its input ends.
-    pub fn new(
-        ends: Ends<S>,
-        settings: &Settings,
-        cut: CancellationToken,
-        board: Arc<Board>,
-        pulse: Pulse,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(ends: Ends<S>, settings: &Settings, cut: CancellationToken, instruments: Instruments) -> Self {
+        let Instruments { metrics, board, pulse } = instruments;
         let Ends { input, output, store } = ends;
         let enough = worth_a_statement(settings.max_in_flight).min(BITE_ROWS);
         let keeps_delivered = settings.keeps_delivered();
@@ -185,41 +179,45 @@ impl<S: Store> Settle<S> {
                 continue;
             }
             let started = Instant::now();
-            let error = match self.pulse.beat_during(self.try_to_write(&part.settlement)).await {
+            match self.pulse.beat_during(self.try_to_write(&part.settlement)).await {
                 Ok(written) => {
                     self.metrics.settle_seconds.observe(started.elapsed().as_secs_f64());
                     answered = true;
                     self.report(part, &written).await;
-                    continue;
                 }
-                Err(error) => error,
-            };
-            if mutant!("forget-marks-on-error") {
-                let marked = part.settlement.marks();
-                self.report(part, &Written { marked, locked: Vec::new() }).await;
-                continue;
-            }
-            if error.trouble == Trouble::Rejected && !mutant!("reject-together") {
-                answered = true;
-                rejections = if self.is_out_of_time() { REJECTIONS_MAX + 1 } else { rejections + 1 };
-                self.left.reject(part, &error, rejections, &mut parts);
-                continue;
-            }
-            self.board.database_down(DatabaseUser::Settle, &error);
-            let passed_locks = self.left.passes_locks;
-            let may_be_a_lock = error.trouble == Trouble::Contention || self.cut.is_cancelled();
-            self.left.passes_locks |= may_be_a_lock && !mutant!("wait-for-locks");
-            parts.push(part);
-            if self.cut.is_cancelled() && self.left.passes_locks && !passed_locks {
-                // One more, so that a locked row does not cost the others their marks.
-                continue;
-            }
-            let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(&error)));
-            if self.cut.run_until_cancelled(pause).await.is_none() {
-                return Err((parts.into_iter().flat_map(|part| part.outcomes).collect(), error));
+                Err(_) if mutant!("forget-marks-on-error") => {
+                    let marked = part.settlement.marks();
+                    self.report(part, &Written { marked, locked: Vec::new() }).await;
+                }
+                Err(error) if error.trouble == Trouble::Rejected && !mutant!("reject-together") => {
+                    answered = true;
+                    rejections = if self.is_out_of_time() { REJECTIONS_MAX + 1 } else { rejections + 1 };
+                    self.left.reject(part, &error, rejections, &mut parts);
+                }
+                Err(error) => {
+                    parts.push(part);
+                    if !self.wait_to_try_on(&error, &mut delays).await {
+                        return Err((parts.into_iter().flat_map(|part| part.outcomes).collect(), error));
+                    }
+                }
             }
         }
         Ok(answered)
+    }
+
+    /// Waits for the next try at what may be written yet: an outage ends, and locks can be passed over. False if the grace
+    /// period is over.
+    async fn wait_to_try_on(&mut self, error: &StoreError, delays: &mut Delays) -> bool {
+        self.board.database_down(DatabaseUser::Settle, error);
+        let passed_locks = self.left.passes_locks;
+        let may_be_a_lock = error.trouble == Trouble::Contention || self.cut.is_cancelled();
+        self.left.passes_locks |= may_be_a_lock && !mutant!("wait-for-locks");
+        if self.cut.is_cancelled() && self.left.passes_locks && !passed_locks {
+            // One more, so that a locked row does not cost the others their marks.
+            return true;
+        }
+        let pause = self.pulse.beat_during(tokio::time::sleep(delays.next(error)));
+        self.cut.run_until_cancelled(pause).await.is_some()
     }
 
     /// The grace period was over at an earlier look, and a moment has passed since.
@@ -340,7 +338,6 @@ mod tests {
     use crate::pipeline::Way;
     use crate::sink::Fault;
     use crate::store::memory::{MemoryStore, plain_row};
-    use crate::telemetry::Pulses;
     use tokio::task::JoinHandle;
 
     fn outcome(id: i64, end: End) -> Outcome {
@@ -379,10 +376,8 @@ mod tests {
             let (input, outcomes) = mpsc::channel(10);
             let (settled, output) = mpsc::channel(1000);
             let ends = Ends { input: outcomes, output: settled, store: Arc::new(store.clone()) };
-            let (cut, metrics) = (CancellationToken::new(), Arc::new(Metrics::default()));
-            let board = Arc::new(Board::new(Arc::clone(&metrics)));
-            let pulse = Pulses::default().start("settle");
-            let settle = Settle::new(ends, &Settings::plain(), cut.clone(), board, pulse, metrics);
+            let cut = CancellationToken::new();
+            let settle = Settle::new(ends, &Settings::plain(), cut.clone(), Instruments::unseen());
             Self { input, output, cut, ended: tokio::spawn(settle.run()) }
         }
 

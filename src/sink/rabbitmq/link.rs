@@ -13,7 +13,7 @@ use crate::config::{
     endpoint::{redact, urls},
 };
 use crate::retry::{CONFIGURATION_BACKOFF, OUTAGE_BACKOFF};
-use crate::sink::SinkState;
+use crate::sink::{Away, SinkState};
 use crate::telemetry::{Metrics, Peer};
 use futures_util::StreamExt;
 use lapin::uri::{AMQPScheme, AMQPUri};
@@ -54,8 +54,7 @@ impl Link {
         metrics: Arc<Metrics>,
         stop: CancellationToken,
     ) -> (Self, watch::Receiver<SinkState>, watch::Receiver<Connected>) {
-        let reason = "not connected yet".to_owned();
-        let (state, state_seen) = watch::channel(SinkState::Away { configuration: false, reason });
+        let (state, state_seen) = watch::channel(SinkState::Away(Away::outage("not connected yet")));
         let (connection, connection_seen) = watch::channel(None);
         (
             Self { broker, metrics, stop, state, connection, turn: 0, suspicious: false },
@@ -86,7 +85,7 @@ impl Link {
             self.state.send_replace(SinkState::Ready);
             let reason = self.watch(&connection).await;
             tracing::warn!(reason, "lost the broker");
-            self.state.send_replace(SinkState::Away { configuration: false, reason });
+            self.state.send_replace(SinkState::Away(Away::outage(reason)));
             self.connection.send_replace(None);
         }
     }
@@ -98,9 +97,9 @@ impl Link {
                 Ok(connection) => return Arc::new(connection),
                 Err(away) => away,
             };
-            let (backoff, tries) = match &away {
-                SinkState::Away { configuration: true, .. } => (CONFIGURATION_BACKOFF, &mut refusals),
-                _ => (OUTAGE_BACKOFF, &mut outages),
+            let (backoff, tries) = match away.configuration {
+                true => (CONFIGURATION_BACKOFF, &mut refusals),
+                false => (OUTAGE_BACKOFF, &mut outages),
             };
             self.announce_away(away);
             tokio::time::sleep(backoff.delay(*tries)).await;
@@ -109,17 +108,16 @@ impl Link {
     }
 
     /// Tells a reason once, not at each try.
-    fn announce_away(&self, away: SinkState) {
-        let SinkState::Away { reason, configuration } = &away else { return };
-        if *self.state.borrow() != away {
+    fn announce_away(&self, away: Away) {
+        let Away { reason, configuration } = &away;
+        if !matches!(&*self.state.borrow(), SinkState::Away(told) if *told == away) {
             tracing::warn!(reason, configuration, "cannot reach the broker; trying on");
         }
-        self.state.send_replace(away);
+        self.state.send_replace(SinkState::Away(away));
     }
 
-    async fn connect_once(&mut self) -> Result<BrokerConnection, SinkState> {
-        let away = |reason| SinkState::Away { configuration: true, reason };
-        let secret = self.broker.endpoint.read().map_err(away)?;
+    async fn connect_once(&mut self) -> Result<BrokerConnection, Away> {
+        let secret = self.broker.endpoint.read().map_err(Away::configuration)?;
         let urls = urls(&secret);
         let url = SecretString::from(urls[self.turn % urls.len()].to_owned());
         self.turn = self.turn.wrapping_add(1);
@@ -184,16 +182,16 @@ impl Link {
 /// However the link ends, nobody may believe it up: workers then end, and supervision notices.
 impl Drop for Link {
     fn drop(&mut self) {
-        let reason = "the connection's keeper has ended".to_owned();
-        self.state.send_replace(SinkState::Away { configuration: false, reason });
+        let reason = "the connection's keeper has ended";
+        self.state.send_replace(SinkState::Away(Away::outage(reason)));
         self.connection.send_replace(None);
     }
 }
 
 /// One connection to one address, or why there is none.
-pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<BrokerConnection, SinkState> {
+pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<BrokerConnection, Away> {
     let server = redact(url);
-    let away = |configuration, reason: String| SinkState::Away {
+    let away = |configuration, reason: String| Away {
         configuration,
         reason: format!("cannot connect to the broker at {server}: {reason}"),
     };
@@ -211,12 +209,9 @@ pub(super) async fn connect(url: &SecretString, tls: &TlsFiles) -> Result<Broker
 
 /// Asks for a first byte before lapin connects. A connect that lapin is left alone with keeps its thread and
 /// socket until the peer closes, so while a peer is silent only this socket is opened, and closed again.
-async fn knock(url: &SecretString) -> Result<(), SinkState> {
+async fn knock(url: &SecretString) -> Result<(), Away> {
     let server = redact(url);
-    let away = |reason: String| SinkState::Away {
-        configuration: false,
-        reason: format!("cannot connect to the broker at {server}: {reason}"),
-    };
+    let away = |reason: String| Away::outage(format!("cannot connect to the broker at {server}: {reason}"));
     let uri = address(url).map_err(away)?;
     let plain = uri.scheme == AMQPScheme::AMQP;
     let knocking = async {

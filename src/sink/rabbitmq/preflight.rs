@@ -6,7 +6,6 @@ use super::exchanges::declare_passively;
 use super::link::connect;
 use crate::config::{Settings, endpoint};
 use crate::preflight::{Finding, ask};
-use crate::sink::SinkState;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
 use lapin::{BasicProperties, Confirmation};
@@ -30,11 +29,10 @@ async fn check_one(url: &SecretString, settings: &Settings) -> Vec<Finding> {
     let connected = "broker connection and login";
     let connection = match connect(url, &settings.amqp.tls).await {
         Ok(connection) => connection,
-        Err(SinkState::Away { reason, .. } | SinkState::Blocked { reason }) => {
+        Err(away) => {
             let remedy = "check AMQP_URL, that the server runs, the login and the vhost";
-            return vec![Finding::new(connected, Err(format!("{reason}; {remedy}")))];
+            return vec![Finding::new(connected, Err(format!("{away}; {remedy}")))];
         }
-        Err(SinkState::Ready) => return Vec::new(),
     };
     let what =
         if exchange.is_empty() { "default exchange".to_owned() } else { format!("exchange {exchange}") };
