@@ -49,7 +49,7 @@ async fn memory_does_not_follow_the_backlog() {
     world.sql("alter table outbox disable trigger keep_written").await;
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k' || i % 1000, '{}' from generate_series(1, 200000) i").await;
     let relay = world.process(&[]).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 20_000).await;
+    world.until_at_least_delivered(20_000).await;
     let peak = relay.usage().peak_rss_bytes;
     assert!(peak < 100 * MIB, "{} MiB", peak / MIB);
     relay.kill().await;

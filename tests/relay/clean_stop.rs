@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 async fn a_stop_while_the_broker_is_away_does_not_wait_for_it() {
     let world = World::alone().await;
     let relay = world.process(&[]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     world.servers().control("stop", "rabbitmq").await;
     world.write(100, 10).await;
     let begun = Instant::now();
@@ -24,7 +24,7 @@ async fn a_stop_while_the_broker_is_away_does_not_wait_for_it() {
 async fn a_stop_while_the_broker_is_silent_ends_with_the_grace_period() {
     let world = World::alone().await;
     let relay = world.process(&[("OUTBOX_SHUTDOWN_GRACE", "2s")]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     world.servers().control("pause", "rabbitmq").await;
     world.write(100, 10).await;
     eventually("rows are in flight", async || relay.get("/health").await.1.contains("\"in_flight\":100,"))
@@ -48,7 +48,7 @@ async fn a_stop_while_the_broker_is_silent_ends_with_the_grace_period() {
 async fn confirmed_rows_that_cannot_be_marked_are_told() {
     let world = World::new().await;
     let relay = world.process(&[("OUTBOX_SHUTDOWN_GRACE", "1s")]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     // From here on nothing can be marked: each mark waits for a lock that the test holds.
     world
         .sql(
@@ -90,7 +90,7 @@ async fn a_locked_row_costs_few_others_their_marks_at_the_end() {
         eventually("all are sent", async || world.queue_depth().await == 100).await;
         let error = relay.stop().await.expect_err("one is not marked").to_string();
         assert!(error.contains("rows could not be marked before the end of the grace period"), "{error}");
-        let marked = world.number("select count(*) from outbox where delivered_at is not null").await;
+        let marked = world.delivered().await;
         assert!((100 - lost..100).contains(&marked), "{marked} are marked");
         transaction.rollback().await.expect("roll back");
         let relay = world.relay(&[]).await;
@@ -104,7 +104,7 @@ async fn a_locked_row_costs_few_others_their_marks_at_the_end() {
 async fn a_second_signal_ends_at_once() {
     let world = World::alone().await;
     let relay = world.process(&[]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     world.servers().control("pause", "rabbitmq").await;
     world.write(100, 10).await;
     eventually("rows are in flight", async || relay.get("/health").await.1.contains("\"in_flight\":100,"))

@@ -33,7 +33,7 @@ impl Stage {
         let settings = [("AMQP_URL", amqp.as_str()), ("DATABASE_URL", &database), ("OUTBOX_LEASE_TTL", "1s")];
         let relay = self.world.process(&settings).await;
         relay.until_owner().await;
-        eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+        relay.ready().await;
         relay
     }
 
@@ -60,7 +60,7 @@ impl Stage {
     }
 
     async fn marked(&self) -> i64 {
-        self.world.number("select count(*) from outbox where delivered_at is not null").await
+        self.world.delivered().await
     }
 
     /// Kills the relay where it stands, heals the links, lets another finish. Answers with what arrived before and after.

@@ -2,13 +2,13 @@
 
 use crate::support::process::RelayProcess;
 use crate::support::servers::Servers;
+use crate::support::url_file::UrlFile;
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-use std::path::PathBuf;
 
 const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
 
@@ -35,10 +35,7 @@ impl Pair {
 
     /// A relay that reads in the file where the database is.
     async fn relay(&self, more: &[(&str, &str)]) -> RelayProcess {
-        let file = [("DATABASE_URL_FILE", self.file.0.to_str().expect("UTF-8"))];
-        let mut pairs = self.world.pairs(&[&file, more].concat());
-        pairs.remove("DATABASE_URL");
-        RelayProcess::start(&pairs).await
+        self.world.process_with_file("DATABASE_URL", &self.file, more).await
     }
 
     /// The primary crashes and the standby takes its place, for the test and for the relay.
@@ -60,34 +57,13 @@ impl Pair {
     }
 }
 
-/// A file with a URL, as an operator or a mounted secret changes it.
-struct UrlFile(PathBuf);
-
-impl UrlFile {
-    fn new(url: &str) -> Self {
-        let file = Self(std::env::temp_dir().join(format!("outbox-relay-{:016x}.url", fastrand::u64(..))));
-        file.write(url);
-        file
-    }
-
-    fn write(&self, url: &str) {
-        std::fs::write(&self.0, url).expect("write");
-    }
-}
-
-impl Drop for UrlFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
 /// Every commit is at the standby, so its promotion loses nothing: rows, marks, and what was in flight.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_synchronous_standby_takes_over_without_loss() {
     let mut pair = Pair::new(&["--sync"]).await;
     pair.world.write(20_000, 200).await;
     let relay = pair.relay(&[]).await;
-    pair.world.until_at_least(DELIVERED, 2_000).await;
+    pair.world.until_at_least_delivered(2_000).await;
     pair.fail_over().await;
     assert_eq!(pair.world.number("select count(*) from written").await, 20_000, "committed is committed");
     pair.world.write(1_000, 200).await;
@@ -126,7 +102,7 @@ async fn a_lagging_standby_loses_what_it_did_not_get_and_no_more() {
     // These take the ids of lost rows.
     pair.world.write(700, 50).await;
     pair.world.drained().await;
-    assert_eq!(pair.world.number(DELIVERED).await, 2_000);
+    assert_eq!(pair.world.delivered().await, 2_000);
     assert!(relay.terminate().await.success());
     pair.world.finish(Allowed::default()).await;
 }
@@ -211,16 +187,12 @@ async fn a_standby_is_told_and_waited_for_until_it_is_promoted() {
     pair.standby_has("select count(*) from outbox", 1_000).await;
     pair.file.write(&pair.standby_url());
     let relay = pair.relay(&[]).await;
-    eventually("not ready, with the reason", async || {
-        let (status, reason) = relay.get("/readyz").await;
-        status == 503 && reason.contains("read-only standby")
-    })
-    .await;
+    relay.until_not_ready("read-only standby").await;
     assert_eq!(relay.get("/livez").await.0, 200);
     assert_eq!(pair.world.queue_depth().await, 0, "nothing is sent that could not be marked");
     pair.fail_over().await;
     pair.world.drained().await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     assert!(relay.terminate().await.success());
     pair.world.finish(Allowed::default()).await;
 }
@@ -253,7 +225,7 @@ async fn a_quorum_queue_that_loses_its_leader_and_then_its_majority_gets_everyth
 
     world.write(20_000, 200).await;
     let relay = world.process(&[("AMQP_URL", &amqp), ("OUTBOX_CONFIRM_TIMEOUT", "10s")]).await;
-    world.until_at_least(DELIVERED, 2_000).await;
+    world.until_at_least_delivered(2_000).await;
     servers.control("kill", "rabbitmq@2").await;
     world.drained().await;
     assert_eq!(
@@ -265,7 +237,7 @@ async fn a_quorum_queue_that_loses_its_leader_and_then_its_majority_gets_everyth
     servers.control("start", "rabbitmq@2").await;
 
     let relay = world.process(&[("AMQP_URL", &amqp), ("OUTBOX_CONFIRM_TIMEOUT", "1s")]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     servers.control("kill", "rabbitmq@2").await;
     servers.control("kill", "rabbitmq@3").await;
     world.write(2_000, 200).await;

@@ -6,8 +6,6 @@ use crate::support::{World, eventually};
 use std::collections::HashSet;
 use std::time::Duration;
 
-const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
-
 /// F05: an alarm of the disk, raised before the relay connects: the first publish is not followed by a confirm, and
 /// everything waits without an attempt being counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -38,7 +36,7 @@ async fn a_queue_whose_process_is_killed_loses_nothing() {
     );
     for round in 1..=4 {
         world.write(3_000, 50).await;
-        world.until_at_least(DELIVERED, 3_000 * (round - 1) + 500).await;
+        world.until_at_least_delivered(3_000 * (round - 1) + 500).await;
         world.servers().rabbitmqctl(&["eval", &kill]).await;
     }
     world.drained().await;
@@ -54,7 +52,7 @@ async fn a_queue_that_is_deleted_loses_what_it_held_and_no_more() {
     let world = World::new().await;
     let relay = world.process(&[("OUTBOX_MAX_IN_FLIGHT", "400")]).await;
     world.write(5_000, 50).await;
-    world.until_at_least(DELIVERED, 1_000).await;
+    world.until_at_least_delivered(1_000).await;
     let held = world.delete_queue().await;
     eventually("rows wait for a queue", async || relay.metric("waiting_messages").await > 0.0).await;
     let marked: HashSet<i64> = world.ids("select id from outbox where delivered_at is not null").await;
@@ -78,12 +76,12 @@ async fn a_database_that_is_killed_and_frozen_is_waited_for() {
     let world = World::alone().await;
     let relay = world.process(&[("OUTBOX_MAX_IN_FLIGHT", "400")]).await;
     world.write(10_000, 50).await;
-    world.until_at_least(DELIVERED, 500).await;
+    world.until_at_least_delivered(500).await;
     world.servers().control("kill", "postgres").await;
     world.servers().control("start", "postgres").await;
     world.drained().await;
     world.write(10_000, 50).await;
-    world.until_at_least(DELIVERED, 10_500).await;
+    world.until_at_least_delivered(10_500).await;
     world.servers().control("pause", "postgres").await;
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(relay.get("/livez").await.0, 200);
@@ -126,11 +124,8 @@ async fn a_full_disk_keeps_the_marks_in_memory() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_without_free_slots_is_waited_for() {
     let world = World::new().await;
-    let role = format!("{}_role", world.name);
-    world.superuser(&format!("create role {role} login password 'secret'")).await;
+    let (role, url) = world.login("secret").await;
     world.grant(&role).await;
-    let mut url = url::Url::parse(&world.database_url).expect("URL");
-    url.set_username(&role).and_then(|()| url.set_password(Some("secret"))).expect("URL");
     let relay = world.process(&[("DATABASE_URL", url.as_str())]).await;
     relay.until_owner().await;
     world.superuser(&format!("alter role {role} connection limit 0")).await;
@@ -162,11 +157,7 @@ async fn a_vhost_that_is_removed_and_restored_is_waited_for() {
     let mut received = world.take_messages().await;
     world.servers().rabbitmqctl(&["delete_vhost", "/"]).await;
     world.write(500, 20).await;
-    eventually("not ready, and why", async || {
-        let (status, reason) = relay.get("/readyz").await;
-        status == 503 && reason.contains("broker")
-    })
-    .await;
+    relay.until_not_ready("broker").await;
     world.servers().rabbitmqctl(&["add_vhost", "/"]).await;
     world.servers().rabbitmqctl(&["set_permissions", "outbox", ".*", ".*", ".*"]).await;
     world.declare().await;

@@ -65,10 +65,9 @@ async fn a_waiting_row_that_somebody_has_locked_stalls_nothing() {
     let lock = "select from outbox where id = (select max(id) from outbox) for update";
     transaction.execute(lock).await.expect("lock");
     world.bind("lost.#").await;
-    let delivered = "select count(*) from outbox where delivered_at is not null";
-    world.until(delivered, 19).await;
+    world.until_delivered(19).await;
     world.write(500, 10).await;
-    world.until(delivered, 519).await;
+    world.until_delivered(519).await;
     transaction.rollback().await.expect("roll back");
     // Its own time has not come; a later row of its route is what an operator would wait for, or do as he does:
     world.sql("update outbox set available_at = clock_timestamp() where delivered_at is null").await;
@@ -90,11 +89,10 @@ async fn rows_that_are_locked_when_they_are_to_be_marked_keep_only_their_places(
     // One that is delivered, and the first of a key whose route has no queue: those behind it must not go round and round.
     transaction.execute("select from outbox where id in (7, 101) for update").await.expect("lock");
     let relay = world.relay(&[]).await;
-    let delivered = "select count(*) from outbox where delivered_at is not null";
-    world.until(delivered, 99).await;
+    world.until_delivered(99).await;
     for round in 1..=5 {
         world.write(100, 10).await;
-        world.until(delivered, 99 + 100 * round).await;
+        world.until_delivered(99 + 100 * round).await;
     }
     assert!(
         relay.metric("messages_total{result=\"returned\"}").await <= 1.0,
@@ -131,7 +129,7 @@ async fn shards_of_refused_rows_that_are_locked_are_handed_over() {
         eventually("shards are shared", async || replica.health().await.ownership.owned == 8).await;
     }
     world.write(200, 50).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 200).await;
+    world.until_delivered(200).await;
     transaction.rollback().await.expect("roll back");
     world.bind("lost.#").await;
     world.drained().await;

@@ -22,7 +22,7 @@ async fn a_refused_row_holds_back_its_key_and_nobody_else() {
         )
         .await;
     let relay = world.relay(&[]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 100).await;
+    world.until_delivered(100).await;
     world.until("select count(*) from outbox where attempts > 2", 1).await;
     assert_eq!(
         world
@@ -75,7 +75,7 @@ async fn without_ordering_a_refused_row_holds_back_nobody() {
     world.sql("insert into outbox (routing_key, ordering_key, payload) values ('lost.1', 'k', '0')").await;
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'ok.1', 'k', '1' from generate_series(1, 500)").await;
     let relay = world.relay(&[("OUTBOX_ORDERING", "none")]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until_delivered(500).await;
     relay.stop().await.expect("clean stop");
     world.finish(Allowed { refusals: true, pending: true, disorder: true, ..Allowed::default() }).await;
 }

@@ -98,7 +98,7 @@ async fn the_relay_does_all_its_work_with_its_grants_and_nothing_else() {
     let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_RETENTION", "1s")]).await;
     world.until("select count(*) from outbox where dead_at is not null", 1).await;
     world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 1).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 0).await;
+    world.until_delivered(0).await;
     world.until("select count(*) from outbox", 2).await;
     let health = relay.health().await;
     assert_eq!((health.database.state.as_str(), health.dead, health.pending), ("up", Some(1), Some(1)));

@@ -21,7 +21,7 @@ async fn routable_and_unroutable_mixed(rows: i64) {
         .await;
     let routable = world.number("select count(*) from outbox where routing_key like 'ok.%'").await;
     let relay = world.relay(&[]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", routable).await;
+    world.until_delivered(routable).await;
     world
         .until("select count(*) from outbox where attempts > 0 and last_error like '%312%'", rows - routable)
         .await;
@@ -62,10 +62,10 @@ async fn exactly_the_routable_rows_are_delivered_with_many_seeds() {
 async fn commits_late(world: World, relay: RunningRelay, transaction: Transaction<'_, Postgres>) {
     tokio::time::sleep(Duration::from_secs(7)).await;
     world.write(500, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 1000).await;
+    world.until_delivered(1000).await;
     transaction.commit().await.expect("commit");
     let committed = Instant::now();
-    world.until("select count(*) from outbox where delivered_at is not null", 1001).await;
+    world.until_delivered(1001).await;
     eprintln!("late commit delivered after {:?}", committed.elapsed());
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;
@@ -84,7 +84,7 @@ async fn a_late_commit_is_delivered() {
         .await
         .expect("insert");
     world.write(500, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until_delivered(500).await;
     commits_late(world, relay, transaction).await;
 }
 
@@ -96,7 +96,7 @@ async fn a_late_commit_is_delivered_also_if_its_id_was_taken_before_its_first_wr
     let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
     let id = world.number("select nextval(pg_get_serial_sequence('outbox', 'id'))").await;
     world.write(500, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until_delivered(500).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let mut slow = world.db().await;
     let mut transaction = slow.begin().await.expect("begin");
@@ -117,7 +117,7 @@ async fn an_id_taken_long_before_its_commit_is_found_by_the_sweep() {
     // The id is taken and its transaction ends; the row comes with it much later.
     let id = world.number("select nextval(pg_get_serial_sequence('outbox', 'id'))").await;
     world.write(100, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 100).await;
+    world.until_delivered(100).await;
     tokio::time::sleep(Duration::from_secs(8)).await;
     world
         .sql(&format!("insert into outbox (id, routing_key, payload) values ({id}, 'ok.hilo', '{{}}')"))
@@ -138,7 +138,7 @@ async fn a_row_scheduled_for_later_is_sent_then_and_holds_back_nobody() {
         )
         .await;
     let relay = world.relay(&[]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 1).await;
+    world.until_delivered(1).await;
     assert_eq!(
         world.text("select routing_key from outbox where delivered_at is not null").await.as_deref(),
         Some("ok.now")
@@ -159,7 +159,7 @@ async fn the_unroutable_setting_is_obeyed() {
 
     world.sql("insert into outbox (routing_key, payload) values ('lost.2', '{}')").await;
     let relay = world.relay(&[("OUTBOX_UNROUTABLE", "accept")]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 1).await;
+    world.until_delivered(1).await;
     relay.stop().await.expect("clean stop");
     world.abandon();
 }
@@ -242,7 +242,7 @@ async fn many_holes_between_ids_cause_no_second_delivery() {
              from generate_series(1, 6000) i",
         )
         .await;
-    world.until("select count(*) from outbox where delivered_at is not null", 3100).await;
+    world.until_delivered(3100).await;
     eventually("nothing is in flight", async || relay.metric("in_flight_messages").await == 0.0).await;
     assert_eq!(relay.metric("in_flight_bytes").await, 0.0);
     relay.stop().await.expect("clean stop");

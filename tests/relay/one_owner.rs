@@ -107,7 +107,7 @@ async fn a_shard_that_is_handed_over_has_nothing_under_way() {
     slow.until_owner().await;
     proxy.set(Link::Delay(Duration::from_millis(400)));
     backlog(&world).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 100).await;
+    world.until_at_least_delivered(100).await;
     let quick = world.process(&[]).await;
     shared(&[&slow, &quick]).await;
     proxy.set(Link::Pass);
@@ -129,13 +129,13 @@ async fn a_stopping_replica_keeps_only_what_is_under_way() {
     proxy.set(Link::DeadDown);
     world.write(1, 1).await;
     eventually("a message waits for its confirm", async || {
-        leaver.health().await.is_some_and(|health| health.in_flight == 1)
+        leaver.try_health().await.is_some_and(|health| health.in_flight == 1)
     })
     .await;
     let heir = world.process(&[]).await;
     leaver.signal("TERM").await;
     eventually("all other shards are in other hands", async || heir.owned().await == Some(SHARDS - 1)).await;
-    let health = leaver.health().await.expect("it has not ended");
+    let health = leaver.health().await;
     assert_eq!((health.in_flight, health.ownership.owned), (1, 1), "it waits for the confirm");
     proxy.set(Link::Pass);
     assert!(leaver.ended().await.success());
@@ -153,7 +153,7 @@ async fn the_keys_of_a_killed_replica_are_taken_over() {
     let (mortal, heir) = (world.process(&window).await, world.process(&window).await);
     shared(&[&mortal, &heir]).await;
     let load = Load::start(&world, 50);
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until_at_least_delivered(500).await;
     let begun = Instant::now();
     mortal.kill().await;
     shared(&[&heir]).await;
@@ -175,7 +175,7 @@ async fn a_replica_that_wakes_after_its_lease_publishes_nothing_more() {
     sleeper.until_owner().await;
     // Few keys, so that most of what is read waits in memory for its turn.
     world.write(20_000, 5).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 200).await;
+    world.until_at_least_delivered(200).await;
     sleeper.signal("STOP").await;
     let heir = world.process(&[]).await;
     shared(&[&heir]).await;
@@ -184,7 +184,7 @@ async fn a_replica_that_wakes_after_its_lease_publishes_nothing_more() {
     sleeper.signal("CONT").await;
     shared(&[&heir, &sleeper]).await;
     eventually("nothing of it is in flight", async || {
-        sleeper.health().await.is_some_and(|health| health.in_flight == 0)
+        sleeper.try_health().await.is_some_and(|health| health.in_flight == 0)
     })
     .await;
     let strays = world.queue_depth().await - received_before;
@@ -213,7 +213,7 @@ async fn a_replica_cut_off_from_the_broker_gives_way() {
     world.write(1000, 50).await;
     world.drained().await;
     shared(&[&well]).await;
-    let health = cut_off.health().await.expect("health");
+    let health = cut_off.health().await;
     assert_eq!((health.ownership.state.as_str(), health.status.as_str()), ("standby", "unavailable"));
     proxy.set(Link::Pass);
     shared(&[&cut_off, &well]).await;
@@ -234,7 +234,7 @@ async fn a_replica_that_never_reached_the_broker_takes_nothing() {
     world.write(1000, 50).await;
     world.drained().await;
     assert_eq!(well.metric("lease_changes_total{change=\"handed_over\"}").await, 0.0);
-    assert_eq!(lost.health().await.expect("health").ownership.state, "standby");
+    assert_eq!(lost.health().await.ownership.state, "standby");
     assert_eq!(lost.get("/readyz").await.0, 503, "it could not take over");
     assert!(lost.terminate().await.success() && well.terminate().await.success());
     world.finish(Allowed::default()).await;
@@ -249,16 +249,16 @@ async fn a_replica_that_owns_nothing_stands_by() {
     owner.until_owner().await;
     let standby = world.process(&one_shard).await;
     eventually("it stands by", async || {
-        standby.health().await.is_some_and(|health| health.ownership.state == "standby")
+        standby.try_health().await.is_some_and(|health| health.ownership.state == "standby")
     })
     .await;
-    eventually("it is ready", async || standby.get("/readyz").await.0 == 200).await;
+    standby.ready().await;
     world
         .sql("insert into outbox (routing_key, payload, available_at) values ('ok.1', '1', now() + '1 hour')")
         .await;
     eventually("it counts rows", async || standby.metric("pending_messages").await == 1.0).await;
     eventually("health says the same", async || {
-        let health = standby.health().await.expect("health");
+        let health = standby.health().await;
         (health.ownership.owned, health.ownership.replicas, health.pending) == (0, 2, Some(1))
     })
     .await;
@@ -278,15 +278,11 @@ async fn another_number_of_shards_is_refused_with_the_remedy() {
     first.until_owner().await;
     let other = world.process(&[("OUTBOX_SHARDS", "8")]).await;
     eventually("it is refused", async || {
-        other.health().await.is_some_and(|health| health.ownership.state == "refused")
+        other.try_health().await.is_some_and(|health| health.ownership.state == "refused")
     })
     .await;
     for part in ["OUTBOX_SHARDS is 8 here and 16 in a replica that runs", "stop those replicas first"] {
-        eventually("it says why", async || {
-            let (status, reason) = other.get("/readyz").await;
-            status == 503 && reason.contains(part)
-        })
-        .await;
+        other.until_not_ready(part).await;
     }
     world.write(100, 5).await;
     world.drained().await;
@@ -315,12 +311,12 @@ async fn nothing_is_sent_on_a_lease_that_cannot_be_renewed() {
     // Of few keys each batch is small, so what has been read lasts longer than the lease.
     broker.set(Link::Delay(Duration::from_millis(100)));
     world.write(5000, 5).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 100).await;
+    world.until_at_least_delivered(100).await;
     proxy.set(Link::Silent);
     let heir = world.process(&[]).await;
     shared(&[&heir]).await;
     world.drained().await;
-    let health = cut_off.health().await.expect("health");
+    let health = cut_off.health().await;
     assert_eq!(health.ownership.state, "waiting", "it does not believe in its lease any more");
     let received = world.queue_depth().await;
     proxy.set(Link::Pass);

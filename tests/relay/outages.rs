@@ -1,6 +1,7 @@
 //! Promise 6: an outage is not a failure. No attempt is lost, nothing is dead, nobody restarts anything.
 
 use crate::support::proxy::{Link, Proxy};
+use crate::support::url_file::UrlFile;
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
 use std::time::Duration;
@@ -11,7 +12,7 @@ async fn a_drain_survives_a_restart_of_the_broker_and_of_the_database() {
     let world = World::alone().await;
     world.write(100_000, 1000).await;
     let relay = world.process(&[]).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 5_000).await;
+    world.until_at_least_delivered(5_000).await;
 
     world.servers().control("stop", "rabbitmq").await;
     eventually("health says that the broker is away", async || {
@@ -22,8 +23,8 @@ async fn a_drain_survives_a_restart_of_the_broker_and_of_the_database() {
     assert_eq!(relay.get("/livez").await.0, 200, "an outage must not restart the relay");
     tokio::time::sleep(Duration::from_secs(10)).await;
     world.servers().control("start", "rabbitmq").await;
-    let before = world.number("select count(*) from outbox where delivered_at is not null").await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", before + 5_000).await;
+    let before = world.delivered().await;
+    world.until_at_least_delivered(before + 5_000).await;
 
     world.servers().control("restart", "postgres").await;
     world.drained().await;
@@ -39,7 +40,7 @@ async fn a_broker_that_is_killed_or_freezes_is_waited_for() {
     let world = World::alone().await;
     world.write(30_000, 300).await;
     let relay = world.relay(&[]).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 2_000).await;
+    world.until_at_least_delivered(2_000).await;
     world.servers().control("kill", "rabbitmq").await;
     world.servers().control("start", "rabbitmq").await;
     world.write(30_000, 300).await;
@@ -59,11 +60,7 @@ async fn servers_that_are_away_at_the_start_are_waited_for() {
     world.servers().control("stop", "rabbitmq").await;
     world.servers().control("stop", "postgres").await;
     let relay = world.process(&[]).await;
-    eventually("not ready, with the reason", async || {
-        let (status, reason) = relay.get("/readyz").await;
-        status == 503 && reason.contains("database")
-    })
-    .await;
+    relay.until_not_ready("database").await;
     world.servers().control("start", "postgres").await;
     eventually("the broker is what is missing", async || {
         let (status, body) = relay.get("/health").await;
@@ -72,7 +69,7 @@ async fn servers_that_are_away_at_the_start_are_waited_for() {
     .await;
     assert_eq!(relay.get("/livez").await.0, 200);
     world.servers().control("start", "rabbitmq").await;
-    eventually("ready by itself", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     world.drained().await;
     assert!(relay.terminate().await.success());
     world.finish(Allowed::default()).await;
@@ -112,7 +109,7 @@ async fn rows_that_are_too_much_for_a_slow_link_are_read_in_smaller_answers() {
     database.set(Link::Throttle(1_250_000));
     let url = database.url(&world.database_url);
     let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_MAX_IN_FLIGHT_BYTES", "32MiB")]).await;
-    world.until_at_least("select count(*) from outbox where delivered_at is not null", 8).await;
+    world.until_at_least_delivered(8).await;
     database.set(Link::Pass);
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -220,7 +217,7 @@ async fn a_missing_exchange_holds_up_nobody_else() {
     world.sql(&format!("insert into outbox (exchange, routing_key, ordering_key, payload) select '{other}', 'ok.1', 'k' || i % 5, '1' from generate_series(1, 300) i")).await;
     world.write(3_000, 50).await;
     let relay = world.relay(&[]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 3_000).await;
+    world.until_delivered(3_000).await;
     world.until_at_least("select count(*) from outbox where last_error like '%no exchange%'", 5).await;
     assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
     assert_eq!(
@@ -238,32 +235,20 @@ async fn a_missing_exchange_holds_up_nobody_else() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rotated_password_is_taken_up() {
     let world = World::new().await;
-    let role = format!("{}_role", world.name);
-    world.superuser(&format!("create role {role} login password 'first'")).await;
+    let (role, mut url) = world.login("first").await;
     world.grant(&role).await;
-    let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.url", fastrand::u64(..)));
-    let write = |password: &str| {
-        let mut url = url::Url::parse(&world.database_url).expect("URL");
-        url.set_username(&role).and_then(|()| url.set_password(Some(password))).expect("URL");
-        std::fs::write(&file, format!("{url}\n")).expect("write");
-    };
-    write("first");
-    let mut pairs = world.pairs(&[("DATABASE_URL_FILE", file.to_str().expect("UTF-8"))]);
-    pairs.remove("DATABASE_URL");
-    let relay = crate::support::RelayProcess::start(&pairs).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    let file = UrlFile::new(url.as_str());
+    let relay = world.process_with_file("DATABASE_URL", &file, &[]).await;
+    relay.ready().await;
     world.superuser(&format!("alter role {role} password 'second'")).await;
     let theirs = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'outbox-relay' and usename = '{role}'";
     world.superuser(&theirs.replace("{role}", &role)).await;
-    eventually("the refused login is told", async || {
-        relay.get("/readyz").await.1.contains("password authentication failed")
-    })
-    .await;
-    write("second");
+    relay.until_not_ready("password authentication failed").await;
+    url.set_password(Some("second")).expect("URL");
+    file.write(url.as_str());
     world.write(100, 10).await;
     world.drained().await;
     assert!(relay.terminate().await.success());
-    std::fs::remove_file(&file).expect("remove");
     world.finish(Allowed::default()).await;
 }
 
@@ -274,25 +259,17 @@ async fn a_rotated_password_of_the_broker_is_taken_up() {
     let servers = world.servers();
     servers.rabbitmqctl(&["add_user", "rotating", "first"]).await;
     servers.rabbitmqctl(&["set_permissions", "rotating", "^$", ".*", "^$"]).await;
-    let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.url", fastrand::u64(..)));
-    let write = |password: &str| {
-        let url = servers.amqp_url.replace("outbox:outbox@", &format!("rotating:{password}@"));
-        std::fs::write(&file, format!("{url}\n")).expect("write");
-    };
-    write("first");
-    let mut pairs = world.pairs(&[("AMQP_URL_FILE", file.to_str().expect("UTF-8"))]);
-    pairs.remove("AMQP_URL");
-    let relay = crate::support::RelayProcess::start(&pairs).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    let url = |password: &str| servers.amqp_url.replace("outbox:outbox@", &format!("rotating:{password}@"));
+    let file = UrlFile::new(&url("first"));
+    let relay = world.process_with_file("AMQP_URL", &file, &[]).await;
+    relay.ready().await;
     servers.rabbitmqctl(&["change_password", "rotating", "second"]).await;
     servers.rabbitmqctl(&["close_all_user_connections", "rotating", "rotated"]).await;
-    eventually("the refused login is told", async || relay.get("/readyz").await.1.contains("ACCESS_REFUSED"))
-        .await;
-    write("second");
+    relay.until_not_ready("ACCESS_REFUSED").await;
+    file.write(&url("second"));
     world.write(100, 10).await;
     world.drained().await;
     assert!(relay.terminate().await.success());
-    std::fs::remove_file(&file).expect("remove");
     world.finish(Allowed::default()).await;
 }
 
@@ -335,7 +312,7 @@ async fn a_forbidden_exchange_holds_up_nobody_else() {
         .await;
     world.write(3_000, 50).await;
     let relay = world.relay(&[("AMQP_URL", &amqp_url)]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 3_000).await;
+    world.until_delivered(3_000).await;
     world.until_at_least("select count(*) from outbox where last_error like '%ACCESS_REFUSED%'", 4).await;
     assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
     assert_eq!(

@@ -83,7 +83,7 @@ async fn a_row_above_the_budget_is_sent_beside_parked_routes() {
         .sql("insert into outbox (routing_key, payload) values ('ok.1', to_jsonb(repeat('x', 8000000)))")
         .await;
     world.write(100, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 101).await;
+    world.until_delivered(101).await;
     world.bind("lost.#").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -108,7 +108,7 @@ async fn a_row_above_the_budget_is_sent_beside_rows_that_cannot_be_marked() {
         .sql("insert into outbox (routing_key, payload) values ('ok.1', to_jsonb(repeat('x', 8000000)))")
         .await;
     world.write(100, 10).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 101).await;
+    world.until_delivered(101).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -123,7 +123,7 @@ async fn a_route_works_again_although_its_probe_cannot_be_marked() {
     let relay = world.relay_with_parked_rows(20).await;
     world.sql("update outbox set available_at = available_at - interval '1 minute' where id <= 10").await;
     world.bind("lost.#").await;
-    world.until("select count(*) from outbox where delivered_at is not null", 10).await;
+    world.until_delivered(10).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -137,10 +137,9 @@ async fn waiting_rows_that_cannot_be_made_due_stop_nothing() {
     let relay = world.relay_with_parked_rows(20).await;
     world.sql("alter table outbox add constraint never_refused check (delivered_at is not null or attempts = 0) not valid").await;
     world.bind("lost.#").await;
-    let delivered = "select count(*) from outbox where delivered_at is not null";
-    world.until(delivered, 1).await;
+    world.until_delivered(1).await;
     world.write(100, 10).await;
-    world.until(delivered, 101).await;
+    world.until_delivered(101).await;
     relay.ready().await;
     world.sql("alter table outbox drop constraint never_refused").await;
     world.sql("update outbox set available_at = clock_timestamp() where delivered_at is null").await;
@@ -228,7 +227,7 @@ async fn a_queue_that_takes_some_and_refuses_some_is_not_flooded() {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     let refused = world.number("select coalesce(sum(attempts), 0) from outbox").await;
-    let taken = world.number("select count(*) from outbox where delivered_at is not null").await;
+    let taken = world.delivered().await;
     let told = |words: &str| relay.logged().lines().filter(|line| line.contains(words)).count();
     let (works, parked) = (told("works again"), told("route parked"));
     assert!(relay.terminate().await.success());

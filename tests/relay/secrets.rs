@@ -6,11 +6,8 @@ use crate::support::{World, eventually};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_password_and_no_payload_in_logs_at_trace_level() {
     let world = World::new().await;
-    let role = format!("{}_role", world.name);
-    world.superuser(&format!("create role {role} login password 'swordfish-db'")).await;
+    let (role, mut database) = world.login("swordfish-db").await;
     world.grant(&role).await;
-    let mut database = url::Url::parse(&world.database_url).expect("URL");
-    database.set_username(&role).and_then(|()| database.set_password(Some("swordfish-db"))).expect("URL");
     let mut broker = url::Url::parse(&world.servers().amqp_url).expect("URL");
     let user_of_broker = broker.password().expect("password").to_owned();
     for format in ["json", "pretty"] {

@@ -6,7 +6,6 @@ use crate::support::process::{RelayProcess, run};
 use crate::support::servers::Servers;
 use crate::support::world::Allowed;
 use crate::support::{World, eventually};
-use outbox_relay::http::Health;
 
 /// A world on servers that speak TLS for `localhost`, and their authority.
 async fn world_with_tls(more: &'static [&'static str]) -> (World, Authority) {
@@ -29,14 +28,10 @@ fn broker(world: &World, host: &str) -> String {
     world.servers().value("AMQP_TLS_URL").replace("localhost", host)
 }
 
-async fn health(relay: &RelayProcess) -> Health {
-    serde_json::from_str(&relay.get("/health").await.1).expect("health JSON")
-}
-
 /// Both servers are told as away because of this, each in one line with its address, and the process lives.
 async fn both_refused(relay: &RelayProcess, database_because: &str, broker_because: &str) {
     eventually("both refusals are told", async || {
-        let health = health(relay).await;
+        let health = relay.health().await;
         let told = |reason: Option<String>, server: &str, because: &str| {
             reason.is_some_and(|reason| {
                 reason.contains(server) && reason.contains(because) && !reason.contains('\n')
@@ -84,7 +79,7 @@ async fn certificates_and_names_are_checked_and_rows_flow_encrypted() {
         ])
         .await;
     both_refused(&relay, "UnknownIssuer", "UnknownIssuer").await;
-    assert_eq!(world.number("select count(*) from outbox where delivered_at is not null").await, 0);
+    assert_eq!(world.delivered().await, 0);
     std::fs::copy(authority.file("ca.pem"), &trusted).expect("copy");
     world.drained().await;
     let ours = "from pg_stat_activity join pg_stat_ssl using (pid)
@@ -107,7 +102,7 @@ async fn a_broker_that_wants_a_certificate_gets_ours() {
 
     let relay = world.process(&[("AMQP_URL", &amqp), ("AMQP_CA_FILE", &ca)]).await;
     eventually("the broker's wish is told", async || {
-        let reason = health(&relay).await.broker.reason.unwrap_or_default();
+        let reason = relay.health().await.broker.reason.unwrap_or_default();
         reason.contains("broker at amqps://localhost") && reason.contains("CertificateRequired")
     })
     .await;
@@ -142,7 +137,7 @@ async fn a_server_without_tls_gets_nothing() {
         ])
         .await;
     both_refused(&relay, "server does not support TLS", "InvalidContentType").await;
-    assert_eq!(world.number("select count(*) from outbox where delivered_at is not null").await, 0);
+    assert_eq!(world.delivered().await, 0);
     assert!(relay.terminate().await.success());
     world.finish(Allowed { pending: true, ..Allowed::default() }).await;
 }

@@ -28,11 +28,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
         world.sql(hinder).await;
         world.write(10, 2).await;
         let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
-        eventually("not ready, with the reason", async || {
-            let (status, reason) = relay.get("/readyz").await;
-            status == 503 && reason.contains("marks did not reach their rows")
-        })
-        .await;
+        relay.until_not_ready("marks did not reach their rows").await;
         eventually("all are sent", async || world.queue_depth().await == 10).await;
         tokio::time::sleep(Duration::from_millis(500)).await;
         assert_eq!(world.queue_depth().await, 10, "each was sent once");
@@ -59,11 +55,7 @@ async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
         )
         .await;
     let relay = world.relay(&[]).await;
-    eventually("not ready, with the reason", async || {
-        let (status, reason) = relay.get("/readyz").await;
-        status == 503 && reason.contains("marks did not reach their rows")
-    })
-    .await;
+    relay.until_not_ready("marks did not reach their rows").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(relay.metric("messages_total{result=\"returned\"}").await <= 5.0, "each was sent once");
     world.sql("alter table outbox disable row level security").await;
@@ -87,8 +79,7 @@ async fn others_go_on(reject: &str, reason: &str) {
     world.reject_updates("old.id in (5, 50)", reject).await;
     world.write(100, 10).await;
     let relay = world.relay(&[]).await;
-    let delivered = "select count(*) from outbox where delivered_at is not null";
-    world.until(delivered, 98).await;
+    world.until_delivered(98).await;
     let told = [5, 50].map(|id| format!("2 rows cannot be marked, id {id} for one: {reason}"));
     eventually("not ready, with the reason", async || {
         let (status, reason) = relay.get("/readyz").await;
@@ -101,7 +92,7 @@ async fn others_go_on(reject: &str, reason: &str) {
     assert_eq!(relay.metric("peer_up{peer=\"database\"}").await, 1.0);
     assert_eq!(relay.metric("unmarked_messages").await, 2.0);
     world.write(100, 10).await;
-    world.until(delivered, 198).await;
+    world.until_delivered(198).await;
     assert_eq!(world.queue_depth().await, 200, "each was sent once");
     // Nor do their shards stay where they are; who takes them over sends the rows again.
     let second = world.relay(&[]).await;
@@ -109,7 +100,7 @@ async fn others_go_on(reject: &str, reason: &str) {
         eventually("shards are shared", async || replica.health().await.ownership.owned == 8).await;
     }
     world.write(100, 10).await;
-    world.until(delivered, 298).await;
+    world.until_delivered(298).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
     let repeats = world.queue_depth().await as f64 - 300.0;
@@ -152,7 +143,7 @@ async fn health_and_metrics_agree_with_the_table() {
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'lost.' || i, 'stuck ' || i % 3, '{}' from generate_series(1, 6) i").await;
     world.sql("insert into outbox (routing_key, payload, headers) values ('ok.1', '{}', '[]')").await;
     let relay = world.relay(&[]).await;
-    world.until("select count(*) from outbox where delivered_at is not null", 500).await;
+    world.until_delivered(500).await;
     world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 3).await;
     eventually("the census has seen it", async || {
         let health = relay.health().await;
@@ -218,7 +209,7 @@ async fn logs_go_to_a_file_too() {
     let file = std::env::temp_dir().join(format!("outbox-relay-{:016x}.log", fastrand::u64(..)));
     let path = file.to_str().expect("UTF-8");
     let relay = world.process(&[("OUTBOX_LOG_FILE", path), ("OUTBOX_LOG_FORMAT", "json")]).await;
-    eventually("ready", async || relay.get("/readyz").await.0 == 200).await;
+    relay.ready().await;
     assert!(relay.terminate().await.success());
     let lines = std::fs::read_to_string(&file).expect("the log file");
     std::fs::remove_file(&file).expect("remove");
@@ -254,13 +245,7 @@ async fn a_table_that_does_not_fit_is_told_and_taken_up_when_mended() {
     let world = World::new().await;
     world.sql("alter table outbox rename to elsewhere").await;
     let relay = world.relay(&[]).await;
-    let told = async |sentence: &str| {
-        eventually(sentence, async || {
-            let (status, body) = relay.get("/readyz").await;
-            status == 503 && body.contains(sentence)
-        })
-        .await;
-    };
+    let told = |sentence| relay.until_not_ready(sentence);
     told("table outbox does not exist; run `outbox-relay migrate`").await;
     world
         .sql("alter table elsewhere rename to outbox; alter table outbox drop column available_at cascade")
@@ -323,11 +308,8 @@ async fn check_finds_what_is_wrong_and_says_the_remedy() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_finds_missing_grants() {
     let world = World::new().await;
-    let role = format!("{}_role", world.name);
-    world.superuser(&format!("create role {role} login password 'secret'")).await;
+    let (role, url) = world.login("secret").await;
     world.sql(&format!("grant select, update on outbox to {role}")).await;
-    let mut url = url::Url::parse(&world.database_url).expect("URL");
-    url.set_username(&role).and_then(|()| url.set_password(Some("secret"))).expect("URL");
     let (code, out, _) =
         crate::support::process::run(&["check"], &world.pairs(&[("DATABASE_URL", url.as_str())])).await;
     assert_eq!(code, 3, "{out}");

@@ -6,11 +6,13 @@
 
 pub mod certificates;
 pub mod checker;
+pub mod endpoint;
 pub mod process;
 pub mod proxy;
 pub mod scripted;
 pub mod servers;
 pub mod store;
+pub mod url_file;
 pub mod world;
 
 pub use process::RelayProcess;

@@ -1,13 +1,12 @@
 //! The real binary as a child process, to be killed, stopped and measured.
 
+use super::endpoint::Endpoint;
 use super::{DEADLINE, eventually};
-use outbox_relay::http::Health;
 use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
 use tokio::process::{Child, Command};
 
 /// Path of the binary under test.
@@ -37,8 +36,7 @@ pub async fn run(args: &[&str], env: &BTreeMap<String, String>) -> (i32, String,
 #[derive(Debug)]
 pub struct RelayProcess {
     child: Child,
-    /// Where its HTTP endpoint listens.
-    pub address: SocketAddr,
+    endpoint: Endpoint,
     /// What it logs.
     pub log: PathBuf,
 }
@@ -54,7 +52,7 @@ impl RelayProcess {
         let mut env = env.clone();
         env.insert("OUTBOX_HTTP_LISTEN".to_owned(), address.to_string());
         let child = command(&["run"], &env).stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn();
-        let process = Self { child: child.expect("the binary starts"), address, log };
+        let process = Self { child: child.expect("the binary starts"), endpoint: Endpoint { address }, log };
         eventually("the relay answers on HTTP", async || process.get("/livez").await.0 == 200).await;
         process
     }
@@ -99,31 +97,13 @@ impl RelayProcess {
     pub fn usage(&self) -> Usage {
         usage(self.pid()).expect("running")
     }
+}
 
-    /// The health report; `None` if nobody answers.
-    pub async fn health(&self) -> Option<Health> {
-        serde_json::from_str(&self.get("/health").await.1).ok()
-    }
+impl Deref for RelayProcess {
+    type Target = Endpoint;
 
-    /// Shards it owns, as it says itself.
-    pub async fn owned(&self) -> Option<u32> {
-        self.health().await.map(|health| health.ownership.owned)
-    }
-
-    /// Waits until it owns shards.
-    pub async fn until_owner(&self) {
-        let owner = async || self.health().await.is_some_and(|health| health.ownership.state == "owner");
-        eventually("the relay owns shards", owner).await;
-    }
-
-    /// The value of a metric, by its name with labels.
-    pub async fn metric(&self, name: &str) -> f64 {
-        metric(&self.get("/metrics").await.1, name)
-    }
-
-    /// Status and body of a path; status 0 if nobody answers.
-    pub async fn get(&self, path: &str) -> (u16, String) {
-        get(self.address, path).await
+    fn deref(&self) -> &Endpoint {
+        &self.endpoint
     }
 }
 
@@ -134,27 +114,4 @@ impl Drop for RelayProcess {
         }
         let _ = std::fs::remove_file(&self.log);
     }
-}
-
-/// Status and body of a path; status 0 if nobody answers.
-pub async fn get(address: SocketAddr, path: &str) -> (u16, String) {
-    let url = format!("http://{address}{path}");
-    let ask = move || {
-        let config = ureq::Agent::config_builder().timeout_global(Some(Duration::from_secs(10)));
-        let agent: ureq::Agent = config.http_status_as_error(false).build().into();
-        match agent.get(&url).call() {
-            Ok(mut answer) => {
-                (answer.status().as_u16(), answer.body_mut().read_to_string().unwrap_or_default())
-            }
-            Err(_) => (0, String::new()),
-        }
-    };
-    tokio::task::spawn_blocking(ask).await.expect("ask")
-}
-
-/// The value of a metric in a scrape, by its name with labels and without the prefix.
-pub fn metric(scrape: &str, name: &str) -> f64 {
-    let prefix = format!("outbox_relay_{name} ");
-    let value = scrape.lines().find_map(|line| line.strip_prefix(&prefix));
-    value.unwrap_or_else(|| panic!("no metric {name}")).trim().parse().expect("a number")
 }

@@ -5,8 +5,10 @@
 //! [`World::finish`] compares the two with the outbox; dropping a world without finishing it fails.
 
 use super::checker::{Received, check};
+use super::endpoint::Endpoint;
 use super::process::RelayProcess;
 use super::servers::Servers;
+use super::url_file::UrlFile;
 use super::{DEADLINE, eventually, store};
 use futures_util::StreamExt;
 use lapin::options::{
@@ -14,9 +16,8 @@ use lapin::options::{
     QueueDeclareOptions, QueueDeleteOptions, QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Connection, ConnectionProperties, ExchangeKind};
+use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
 use outbox_relay::config::{Settings, Sources};
-use outbox_relay::http::Health;
 use outbox_relay::relay::{Relay, RelayError};
 use outbox_relay::sink::{RabbitMq, Sink};
 use outbox_relay::store::postgres::{Connector, migrate};
@@ -24,12 +25,13 @@ use outbox_relay::store::{LeaseTable, PostgresStore, Store};
 use outbox_relay::telemetry::Metrics;
 use sqlx::{AssertSqlSafe, Connection as _, Executor, PgConnection};
 use std::collections::{BTreeMap, HashSet};
-use std::net::SocketAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 /// Retries and takeovers quick enough for a test.
 const QUICK: [(&str, &str); 4] = [
@@ -38,6 +40,8 @@ const QUICK: [(&str, &str); 4] = [
     ("OUTBOX_LEASE_TTL", "2s"),
     ("OUTBOX_LOG", "info,outbox_relay=debug"),
 ];
+
+const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
 
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
@@ -223,6 +227,21 @@ impl World {
         }
     }
 
+    /// Rows that are delivered and were kept.
+    pub async fn delivered(&self) -> i64 {
+        self.number(DELIVERED).await
+    }
+
+    /// Waits until so many rows are delivered.
+    pub async fn until_delivered(&self, rows: i64) {
+        self.until(DELIVERED, rows).await;
+    }
+
+    /// Waits until so many rows are delivered, or more.
+    pub async fn until_at_least_delivered(&self, rows: i64) {
+        self.until_at_least(DELIVERED, rows).await;
+    }
+
     /// Waits until health counts this many dead rows.
     pub async fn until_health_dead(&self, relay: &RunningRelay, dead: u64) {
         eventually("health counts the dead rows", async || relay.health().await.dead == Some(dead)).await;
@@ -231,10 +250,19 @@ impl World {
     /// Runs statements as superuser in the database of this world.
     pub async fn superuser(&self, sql: &str) {
         let url = self.servers().superuser_url.as_deref().unwrap_or(&self.database_url);
-        let mut url = url::Url::parse(url).expect("URL");
+        let mut url = Url::parse(url).expect("URL");
         url.set_path(&self.name);
         let mut db = PgConnection::connect(url.as_str()).await.expect("database");
         db.execute(AssertSqlSafe(sql.to_owned())).await.unwrap_or_else(|error| panic!("{error} in: {sql}"));
+    }
+
+    /// A login of this world's own, without any right in it: its name, and the URL with it.
+    pub async fn login(&self, password: &str) -> (String, Url) {
+        let role = format!("{}_role", self.name);
+        self.superuser(&format!("create role {role} login password '{password}'")).await;
+        let mut url = Url::parse(&self.database_url).expect("URL");
+        url.set_username(&role).and_then(|()| url.set_password(Some(password))).expect("URL");
+        (role, url)
     }
 
     /// Gives a role the rights a relay needs, as in `docs/OPERATING.md`.
@@ -279,10 +307,16 @@ impl World {
         }
     }
 
-    /// Declares exchange and queue of this world.
-    pub async fn declare(&self) {
+    /// A channel, on a connection of its own.
+    async fn channel(&self) -> (Connection, Channel) {
         let connection = self.amqp().await;
         let channel = connection.create_channel().await.expect("channel");
+        (connection, channel)
+    }
+
+    /// Declares exchange and queue of this world.
+    pub async fn declare(&self) {
+        let (_connection, channel) = self.channel().await;
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         let name = self.name.as_str();
         channel
@@ -295,8 +329,7 @@ impl World {
 
     /// Declares another topic exchange that leads to the queue of this world.
     pub async fn declare_other(&self, exchange: &str) {
-        let (connection, name) = (self.amqp().await, self.name.as_str());
-        let channel = connection.create_channel().await.expect("channel");
+        let ((_connection, channel), name) = (self.channel().await, self.name.as_str());
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         channel
             .exchange_declare(exchange.into(), ExchangeKind::Topic, durable, FieldTable::default())
@@ -311,15 +344,13 @@ impl World {
 
     /// Deletes an exchange.
     pub async fn delete_exchange(&self, exchange: &str) {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         channel.exchange_delete(exchange.into(), ExchangeDeleteOptions::default()).await.expect("delete");
     }
 
     /// Declares a queue that refuses more than so many messages.
     pub async fn declare_full_queue(&self, queue: &str, length: i64) {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         let mut arguments = FieldTable::default();
         arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(length));
         arguments.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
@@ -329,8 +360,7 @@ impl World {
 
     /// Declares a quorum queue.
     pub async fn declare_quorum_queue(&self, queue: &str) {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };
@@ -339,22 +369,19 @@ impl World {
 
     /// Empties a queue.
     pub async fn purge_queue(&self, queue: &str) {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         channel.queue_purge(queue.into(), QueuePurgeOptions::default()).await.expect("purge");
     }
 
     /// Deletes the queue of this world; answers with the messages it held.
     pub async fn delete_queue(&self) -> u32 {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         channel.queue_delete(self.name.as_str().into(), QueueDeleteOptions::default()).await.expect("delete")
     }
 
     /// Binds the queue.
     pub async fn bind(&self, pattern: &str) {
-        let (connection, name) = (self.amqp().await, self.name.as_str());
-        let channel = connection.create_channel().await.expect("channel");
+        let ((_connection, channel), name) = (self.channel().await, self.name.as_str());
         let options = QueueBindOptions::default();
         channel
             .queue_bind(name.into(), name.into(), pattern.into(), options, FieldTable::default())
@@ -364,16 +391,14 @@ impl World {
 
     /// Takes a binding away.
     pub async fn unbind(&self, pattern: &str) {
-        let (connection, name) = (self.amqp().await, self.name.as_str());
-        let channel = connection.create_channel().await.expect("channel");
+        let ((_connection, channel), name) = (self.channel().await, self.name.as_str());
         let arguments = FieldTable::default();
         channel.queue_unbind(name.into(), name.into(), pattern.into(), arguments).await.expect("unbind");
     }
 
     /// Messages lying in the queue.
     pub async fn queue_depth(&self) -> u32 {
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (_connection, channel) = self.channel().await;
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let queue = channel.queue_declare(self.name.as_str().into(), passive, FieldTable::default()).await;
         queue.expect("queue").message_count()
@@ -382,8 +407,7 @@ impl World {
     /// Takes everything out of the queue, in order.
     pub async fn take_messages(&self) -> Vec<Received> {
         let depth = self.queue_depth().await as usize;
-        let connection = self.amqp().await;
-        let channel = connection.create_channel().await.expect("channel");
+        let (connection, channel) = self.channel().await;
         let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
         let consumer =
             channel.basic_consume(self.name.as_str().into(), "ledger".into(), options, FieldTable::default());
@@ -445,6 +469,19 @@ impl World {
         RelayProcess::start(&self.pairs(extra)).await
     }
 
+    /// The same, with a URL that it reads in a file.
+    pub async fn process_with_file(
+        &self,
+        setting: &str,
+        file: &UrlFile,
+        extra: &[(&str, &str)],
+    ) -> RelayProcess {
+        let mut pairs = self.pairs(extra);
+        pairs.remove(setting);
+        pairs.insert(format!("{setting}_FILE"), file.path().to_owned());
+        RelayProcess::start(&pairs).await
+    }
+
     /// Checks the promises against both ledgers and the table; panics with a counter-example.
     pub async fn finish(self, allowed: Allowed) {
         let received = self.take_messages().await;
@@ -488,8 +525,7 @@ pub fn without_servers(pairs: &[(&str, &str)]) -> Settings {
 /// A relay that runs inside the test's process.
 #[derive(Debug)]
 pub struct RunningRelay {
-    /// Where its HTTP endpoint listens.
-    pub address: SocketAddr,
+    endpoint: Endpoint,
     stop: CancellationToken,
     ended: JoinHandle<Result<(), RelayError>>,
 }
@@ -511,10 +547,10 @@ impl RunningRelay {
     /// Runs any relay.
     pub async fn spawn<S: Store + LeaseTable, K: Sink>(relay: Relay<S, K>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("listen");
-        let address = listener.local_addr().expect("address");
+        let endpoint = Endpoint { address: listener.local_addr().expect("address") };
         let stop = CancellationToken::new();
         let ended = tokio::spawn(relay.run(listener, stop.clone()));
-        Self { address, stop, ended }
+        Self { endpoint, stop, ended }
     }
 
     /// Ends it as a crash does: nothing is finished, nothing given back.
@@ -533,24 +569,12 @@ impl RunningRelay {
     pub async fn ended(self) -> Result<(), RelayError> {
         tokio::time::timeout(DEADLINE, self.ended).await.expect("the relay ends").expect("no panic")
     }
+}
 
-    /// Status and body of a path.
-    pub async fn get(&self, path: &str) -> (u16, String) {
-        super::process::get(self.address, path).await
-    }
+impl Deref for RunningRelay {
+    type Target = Endpoint;
 
-    /// The health report.
-    pub async fn health(&self) -> Health {
-        serde_json::from_str(&self.get("/health").await.1).expect("health JSON")
-    }
-
-    /// The value of a metric, by its name with labels.
-    pub async fn metric(&self, name: &str) -> f64 {
-        super::process::metric(&self.get("/metrics").await.1, name)
-    }
-
-    /// Waits until `/readyz` says 200.
-    pub async fn ready(&self) {
-        eventually("ready", async || self.get("/readyz").await.0 == 200).await;
+    fn deref(&self) -> &Endpoint {
+        &self.endpoint
     }
 }
