@@ -64,16 +64,21 @@ async fn run_migrates_when_it_is_told_to() {
     world.finish(Allowed::default()).await;
 }
 
-/// An index on a large table takes longer than any call of the pipeline may: here the last statement does.
+/// The last statement of a migration takes so many seconds, as an index on a large table does.
+async fn slow_to_migrate(world: &World, seconds: u32) {
+    world
+        .superuser(&format!(
+            "create function slow() returns event_trigger language plpgsql as $$ begin perform pg_sleep({seconds}); end $$;
+             create event trigger slow on ddl_command_start when tag in ('CREATE PROCEDURE') execute function slow()"
+        ))
+        .await;
+}
+
+/// An index on a large table takes longer than any call of the pipeline may.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_at_the_start_has_more_time_than_a_call() {
     let world = World::new().await;
-    world
-        .superuser(
-            "create function slow() returns event_trigger language plpgsql as $$ begin perform pg_sleep(25); end $$;
-             create event trigger slow on ddl_command_start when tag in ('CREATE PROCEDURE') execute function slow()",
-        )
-        .await;
+    slow_to_migrate(&world, 25).await;
     let relay = world.relay(&[("OUTBOX_MIGRATE", "true"), ("OUTBOX_TABLE", "slow")]).await;
     relay.ready().await;
     relay.stop().await.expect("clean stop");
@@ -96,6 +101,23 @@ async fn a_migration_that_cannot_be_is_told_in_one_sentence() {
     refused(&[("OUTBOX_TABLE", "other")], "cannot migrate table other").await;
     world.sql("insert into outbox_migrations (version, description, success, checksum, execution_time) values (99, 'x', true, '', 0)").await;
     refused(&[], "was migrated by a newer outbox-relay").await;
+    world.abandon();
+}
+
+/// Trying again would take as long again, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_takes_too_long_is_told_with_the_other_way() {
+    let world = World::new().await;
+    slow_to_migrate(&world, 60).await;
+    let pairs = world.pairs(&[("OUTBOX_TABLE", "slow")]);
+    let migrating = run(&["migrate"], &pairs);
+    let cancelling = async {
+        let cancel = "select count(pg_cancel_backend(pid)) from pg_stat_activity where wait_event = 'PgSleep' and datname = current_database()";
+        world.until(cancel, 1).await;
+    };
+    let ((code, _, err), ()) = tokio::join!(migrating, cancelling);
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("SQLSTATE 57014") && err.contains("`outbox-relay migrate --print`"), "{err}");
     world.abandon();
 }
 

@@ -157,7 +157,9 @@ async fn the_keys_of_a_killed_replica_are_taken_over() {
     let begun = Instant::now();
     mortal.kill().await;
     shared(&[&heir]).await;
-    eprintln!("all shards in other hands {:?} after the kill; the lease is 2 s", begun.elapsed());
+    let took = begun.elapsed();
+    eprintln!("all shards in other hands {took:?} after the kill; the lease is 2 s");
+    assert!(took < Duration::from_secs(10), "{took:?}, of which 8 s are for slow machines");
     load.end().await;
     world.drained().await;
     assert!(heir.terminate().await.success());

@@ -367,12 +367,15 @@ async fn counts_are_fresh_again_soon_after_a_link_stood_still() {
         tokio::time::sleep(Duration::from_secs(6)).await;
         proxy.set(Link::Pass);
     }
+    let begun = std::time::Instant::now();
     world.write(100, 5).await;
     world.drained().await;
     world
         .sql("insert into outbox (routing_key, payload, available_at) values ('ok.1', '1', now() + '1 hour')")
         .await;
     eventually("health counts the row", async || relay.health().await.pending == Some(1)).await;
+    // Not twenty times as long as the link stood still, nor the longest rest, which is 30 s.
+    assert!(begun.elapsed() < Duration::from_secs(20), "counted {:?} later", begun.elapsed());
     world.sql("update outbox set available_at = now()").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");

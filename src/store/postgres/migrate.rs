@@ -22,7 +22,7 @@ const MIGRATIONS: [(i64, &str, &str); 3] = [
 /// Locks are waited for this long at most, so that a migration never queues the application behind itself.
 const LOCK_LIMIT: (&str, &str) = ("lock_timeout", "5s");
 /// Of the session, which the advisory lock needs for itself anyway.
-const LIMITS: [(&str, &str); 2] = [LOCK_LIMIT, ("statement_timeout", "60s")];
+const LIMITS: [(&str, &str); 2] = [LOCK_LIMIT, ("statement_timeout", "115s")];
 
 /// Longest all of it may take as seen from here, should the server fall silent.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
@@ -69,7 +69,14 @@ fn explain(error: &sqlx::migrate::MigrateError, table: &TableName) -> StoreError
     match error {
         MigrateError::Execute(cause) | MigrateError::ExecuteMigration(cause, _) => {
             let StoreError { trouble, sentence } = classify(cause);
-            StoreError { trouble, sentence: format!("cannot migrate table {table}: {sentence}") }
+            let sentence = format!("cannot migrate table {table}: {sentence}");
+            // An index on a table as large as this takes as long the next time.
+            if is_cancelled(cause) {
+                return configuration(format!(
+                    "{sentence}; apply what `outbox-relay migrate --print` prints, which has no time limit"
+                ));
+            }
+            StoreError { trouble, sentence }
         }
         MigrateError::VersionMissing(version) => configuration(format!(
             "table {table} was migrated by a newer outbox-relay (version {version}); use that one"
@@ -79,6 +86,11 @@ fn explain(error: &sqlx::migrate::MigrateError, table: &TableName) -> StoreError
         )),
         other => configuration(format!("cannot migrate table {table}: {other}")),
     }
+}
+
+/// By its time limit, or by an operator.
+fn is_cancelled(cause: &sqlx::Error) -> bool {
+    cause.as_database_error().is_some_and(|error| error.code().as_deref() == Some("57014"))
 }
 
 fn render(text: &str, table: &TableName) -> String {
