@@ -4,6 +4,7 @@ use crate::distance;
 use crate::measures::{Drain, Keys, Past};
 use crate::process::Relay;
 use crate::stand::{Counted, Place, ServersCpu, Stand};
+use crate::stolen::Stolen;
 use anyhow::{Result, ensure};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use std::time::{Duration, Instant};
@@ -36,8 +37,10 @@ pub struct Done {
     pub servers: ServersCpu,
     /// What Postgres has counted.
     pub counted: Counted,
-    /// A vacuum afterwards: it is off while a drain is measured.
-    pub vacuum: Vacuum,
+    /// A vacuum afterwards: it is off while a drain is measured. None beside an open transaction, which leaves it nothing to do.
+    pub vacuum: Option<Vacuum>,
+    /// What the host took meanwhile, in percent.
+    pub stolen: Option<f64>,
 }
 
 /// What a vacuum has taken.
@@ -94,13 +97,13 @@ impl<'a> Backlog<'a> {
         stand.rest().await;
         let (counted, servers, cpu) = (self.place.counted().await?, stand.cpu(), cpu_seconds(&relays)?);
         // Before the commit, from which on a relay that runs may read.
-        let begun = Instant::now();
+        let (begun, stolen) = (Instant::now(), Stolen::from_now());
         writer.execute("commit").await?;
         if relays.is_empty() {
             relays = self.start().await?;
         }
         self.wait(&relays, self.drain.rows).await?;
-        let seconds = begun.elapsed().as_secs_f64();
+        let (seconds, stolen) = (begun.elapsed().as_secs_f64(), stolen.percent());
         let (servers, cpu) = (stand.cpu().since(servers), cpu_seconds(&relays)? - cpu);
         let counted = self.place.counted().await?.since(counted);
         let mut peak_rss_mib = 0.0_f64;
@@ -110,8 +113,9 @@ impl<'a> Backlog<'a> {
         }
         self.nothing_is_left().await?;
         writer.close().await?;
-        let vacuum = self.vacuum().await?;
-        Ok(Done { rate: self.drain.rows as f64 / seconds, cpu, peak_rss_mib, servers, counted, vacuum })
+        let vacuum = if self.open.is_none() { Some(self.vacuum().await?) } else { None };
+        let rate = self.drain.rows as f64 / seconds;
+        Ok(Done { rate, cpu, peak_rss_mib, servers, counted, vacuum, stolen })
     }
 
     async fn vacuum(&self) -> Result<Vacuum> {

@@ -5,6 +5,7 @@ use crate::measures::{Against, Drain};
 use crate::raw::{self, SHAPES, Shape};
 use crate::stand::{NAME, Stand};
 use crate::stats::Spread;
+use crate::stolen::Stolen;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::process::Stdio;
@@ -25,6 +26,8 @@ pub struct Raw {
     pub cpu_per_100k: f64,
     /// The broker's.
     pub broker_cpu_per_100k: f64,
+    /// What the host took meanwhile, in percent.
+    pub stolen: Option<f64>,
 }
 
 /// What makes one ceiling differ from another.
@@ -114,7 +117,7 @@ pub async fn publish(stand: &Stand, drain: &Drain, shape: Shape, messages: usize
     stand.fresh_queue(drain.queue).await?;
     let url = distance::amqp_url(stand, drain.round_trip).await?;
     stand.rest().await;
-    let servers = stand.cpu();
+    let (servers, stolen) = (stand.cpu(), Stolen::from_now());
     let output = Command::new(std::env::current_exe()?)
         .args(["raw", "--amqp-url", &url, "--exchange", NAME])
         .args(["--messages", &messages.to_string(), "--bytes", &drain.bytes.to_string()])
@@ -124,7 +127,7 @@ pub async fn publish(stand: &Stand, drain: &Drain, shape: Shape, messages: usize
         .output()
         .await?;
     ensure!(output.status.success(), "raw publisher: {}", String::from_utf8_lossy(&output.stderr).trim());
-    let servers = stand.cpu().since(servers);
+    let (servers, stolen) = (stand.cpu().since(servers), stolen.percent());
     let received = stand.take_all().await?;
     ensure!(received >= messages as u64, "{received} of {messages} raw messages received");
     let done: raw::Done = serde_json::from_slice(&output.stdout)?;
@@ -134,6 +137,7 @@ pub async fn publish(stand: &Stand, drain: &Drain, shape: Shape, messages: usize
         rate: messages / done.seconds,
         cpu_per_100k: done.cpu_seconds / messages * 1e5,
         broker_cpu_per_100k: servers.broker / messages * 1e5,
+        stolen,
     })
 }
 

@@ -1,6 +1,6 @@
 //! A backlog is drained, beside the raw publisher, and beside a fresh table if it has a past.
 
-use crate::backlog::{Backlog, Done};
+use crate::backlog::{Backlog, Done, Vacuum};
 use crate::ceiling::{self, Ceilings, Raw};
 use crate::distance;
 use crate::measures::{AGAINST_FRESH, Drain, Past};
@@ -8,6 +8,7 @@ use crate::raw::Shape;
 use crate::run::Sample;
 use crate::stand::{Cores, Stand};
 use crate::stats::Spread;
+use crate::stolen;
 use anyhow::{Context, Result};
 use lapin::options::BasicQosOptions;
 use lapin::{Connection, ConnectionProperties};
@@ -58,19 +59,24 @@ impl<'a> Drained<'a> {
     }
 
     fn figures(&self, done: &Done, raw: Option<&Raw>) -> Sample {
-        let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum } = done;
+        let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum, stolen } = done;
         let per_100k = 1e5 / self.drain.rows as f64;
         let mut sample = vec![
             ("rate", "rows/s", *rate),
             ("CPU per 100 000 rows", "s", cpu * per_100k),
             ("Postgres's CPU per 100 000", "s", servers.database * per_100k),
-            ("Postgres's CPU per 100 000, vacuum afterwards", "s", vacuum.cpu * per_100k),
             ("RabbitMQ's CPU per 100 000", "s", servers.broker * per_100k),
             ("peak RSS", "MiB", *peak_rss_mib),
             ("WAL per row", "B", counted.wal_bytes() / self.drain.rows as f64),
-            ("WAL per row, vacuum afterwards", "B", vacuum.wal_bytes / self.drain.rows as f64),
             ("statements per 1000 rows", "", counted.statements() * per_100k / 100.0),
         ];
+        if let Some(Vacuum { cpu, wal_bytes }) = vacuum {
+            sample.extend([
+                ("Postgres's CPU per 100 000, vacuum afterwards", "s", cpu * per_100k),
+                ("WAL per row, vacuum afterwards", "B", wal_bytes / self.drain.rows as f64),
+            ]);
+        }
+        sample.extend(stolen::figure("stolen by the host", *stolen));
         if let Some(raw) = raw {
             sample.insert(0, ("ratio", "of raw", rate / raw.rate));
             sample.extend([
@@ -81,6 +87,7 @@ impl<'a> Drained<'a> {
                 ("raw channels of each", "", raw.shape.channels as f64),
                 ("raw window of each", "messages", raw.shape.window as f64),
             ]);
+            sample.extend(stolen::figure("stolen by the host, raw", raw.stolen));
         }
         sample
     }

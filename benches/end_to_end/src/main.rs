@@ -11,7 +11,7 @@
 //! - [`measures`]: what is measured, as data
 //! - [`stand`], [`process`], [`distance`]: servers, processes and a network to measure on
 //! - [`raw`], [`ceiling`], [`drain`], [`latency`], [`cost`]: how
-//! - [`stats`], [`report`], [`plot`]: what came of it
+//! - [`stats`], [`stolen`], [`report`], [`plot`]: what came of it
 
 mod backlog;
 mod ceiling;
@@ -28,6 +28,7 @@ mod report;
 mod run;
 mod stand;
 mod stats;
+mod stolen;
 
 use std::process::ExitCode;
 

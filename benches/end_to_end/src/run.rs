@@ -7,17 +7,14 @@ use crate::latency::AllRounds;
 use crate::measures::{Drain, Keys, Kind, Measure, Past};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
+use crate::stolen::{self, Stolen};
 use crate::{cost, latency, report};
 use anyhow::{Context, Result, ensure};
-use outbox_relay_chaos::usage::MachineCpu;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 /// One round of a measure: figures by name, with unit and value.
 pub type Sample = Vec<(&'static str, &'static str, f64)>;
-
-/// Processor time that the host of this machine gave to others: figures of a round with much of it say little.
-const STOLEN: &str = "stolen by the host";
 
 /// A quick run shows that all works, no more.
 const QUICK_ROWS: usize = 20_000;
@@ -89,16 +86,12 @@ async fn take(
     };
     for round in 1..=rounds {
         progress.tell(&format!("round {round} of {rounds}"));
-        let machine = MachineCpu::now();
         let sample = match &mut drained {
             Some(drained) => drained.round(round).await,
             None => take_other(stand, measure, round, options.quick, &mut all).await,
         };
         match sample {
-            Ok(mut sample) => {
-                sample.extend(stolen(machine).map(|percent| (STOLEN, "% of what was wanted", percent)));
-                samples.push(sample);
-            }
+            Ok(sample) => samples.push(sample),
             Err(error) => return (samples, Err(error.context(format!("round {round}")))),
         }
     }
@@ -114,7 +107,8 @@ async fn take_other(
 ) -> Result<Sample> {
     let name = &format!("{}_{round}", measure.name);
     let seconds = |normal, short| Duration::from_secs(if quick { short } else { normal });
-    match measure.kind {
+    let stolen = Stolen::from_now();
+    let mut sample = match measure.kind {
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),
         Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3), all).await,
         Kind::LoneRow { silence } => {
@@ -124,13 +118,9 @@ async fn take_other(
         Kind::Idle => cost::idle(stand, name, seconds(60, 5)).await,
         Kind::Start => cost::start(stand, name).await,
         Kind::Writers { connections } => cost::writers(stand, name, connections, seconds(10, 2), round).await,
-    }
-}
-
-/// In percent of the processor time that somebody on this machine wanted since then.
-fn stolen(since: Option<MachineCpu>) -> Option<f64> {
-    let MachineCpu { busy, stolen, .. } = MachineCpu::now()?.since(since?);
-    Some(stolen / (busy + stolen).max(f64::MIN_POSITIVE) * 100.0)
+    }?;
+    sample.extend(stolen::figure("stolen by the host", stolen.percent()));
+    Ok(sample)
 }
 
 /// With fewer rows in a quick run.
