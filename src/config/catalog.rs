@@ -1,7 +1,7 @@
 //! The one list of settings: names, defaults and help.
 //!
-//! Flags, environment variables, file keys, `--help` and the table in
-//! `docs/OPERATING.md` all come from here, so they cannot disagree.
+//! Flags, environment variables, file keys and `--help` come from here. The table in `docs/OPERATING.md` is written by
+//! hand; a test compares its names and defaults with these.
 
 /// One setting, known under three names: `--batch-size`, `OUTBOX_BATCH_SIZE`, `batch_size`.
 #[derive(Debug, Clone, Copy)]

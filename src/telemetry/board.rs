@@ -159,7 +159,7 @@ impl Board {
                 tracing::info!("the database is back");
             }
             Database::Up => tracing::info!("connected to the database"),
-            Database::Down(reason) => tracing::warn!(reason, "cannot use the database; trying on"),
+            Database::Down(reason) => tracing::warn!(reason, "cannot use the database; retrying"),
             Database::Unknown => {}
         }
         state.was_up |= now == Database::Up;

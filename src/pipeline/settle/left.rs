@@ -75,7 +75,7 @@ impl Group {
             return *self = Self::default();
         };
         if !std::mem::replace(&mut self.logged, true) {
-            tracing::warn!(reason = reason.sentence, "rows cannot be marked with the others; trying on");
+            tracing::warn!(reason = reason.sentence, "rows cannot be marked with the others; retrying");
         }
         if self.due.is_none() {
             self.due = Some(Instant::now() + self.delays.next(reason));

@@ -111,7 +111,7 @@ impl Link {
     fn announce_away(&self, away: Away) {
         let Away { reason, configuration } = &away;
         if !matches!(&*self.state.borrow(), SinkState::Away(told) if *told == away) {
-            tracing::warn!(reason, configuration, "cannot reach the broker; trying on");
+            tracing::warn!(reason, configuration, "cannot reach the broker; retrying");
         }
         self.state.send_replace(SinkState::Away(away));
     }

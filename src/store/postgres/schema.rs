@@ -4,7 +4,7 @@ use crate::config::TableName;
 use crate::store::{StoreError, Trouble};
 use sqlx::{PgConnection, Row};
 
-/// Columns and the types each may have. `payload` is sent byte by byte, so any of four will do.
+/// Columns and the types each may have. `payload` is sent byte by byte, so any of these will do.
 const COLUMNS: [(&str, &[&str]); 14] = [
     ("id", &["bigint"]),
     ("message_id", &["uuid"]),
