@@ -14,6 +14,9 @@ pub const SILENCES_BLAME_ROUTE: u32 = 3;
 /// Times a message may be the only one on a channel that closes before it is blamed. More than
 /// one, because a connection that breaks hits the innocent too.
 pub const STRIKES_BLAME_MESSAGE: u32 = 3;
+/// Connections that may break with a message on its way before it is sent alone. An outage breaks one, and ends the next
+/// time that there is a connection.
+pub const BREAKS_SUSPECT: u32 = 3;
 
 /// What the relay does with a row that was not delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +57,8 @@ pub struct History {
     pub silences: u32,
     /// Times it was alone on a channel that closed, this one included.
     pub strikes: u32,
+    /// Connections that broke with it on its way, this one included.
+    pub breaks: u32,
 }
 
 impl Policy {
@@ -70,9 +75,12 @@ impl Policy {
     /// The one decision about a failed publish.
     pub fn decide(&self, fault: Fault, history: History) -> Decision {
         match fault {
-            Fault::Outage | Fault::Unknown if mutant!("dead-letter-on-outage") => Decision::Dead,
-            Fault::Outage | Fault::Unknown if mutant!("count-outages") => Decision::Wait,
+            Fault::Outage | Fault::Unknown | Fault::Break if mutant!("dead-letter-on-outage") => {
+                Decision::Dead
+            }
+            Fault::Outage | Fault::Unknown | Fault::Break if mutant!("count-outages") => Decision::Wait,
             Fault::Outage | Fault::Unknown => Decision::Resend,
+            Fault::Break if history.breaks < BREAKS_SUSPECT => Decision::Resend,
             Fault::Fenced => Decision::GiveBack,
             Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,
             Fault::Suspect => Decision::ResendAlone,
@@ -82,9 +90,9 @@ impl Policy {
                 Unroutable::Accept => Decision::Accept,
             },
             Fault::Silence | Fault::Destination => Decision::Wait,
-            Fault::Message if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
-            Fault::Message if history.attempts + 1 < self.max_attempts => Decision::Wait,
-            Fault::Message | Fault::Hopeless => Decision::Dead,
+            Fault::Message | Fault::Break if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
+            Fault::Message | Fault::Break if history.attempts + 1 < self.max_attempts => Decision::Wait,
+            Fault::Message | Fault::Break | Fault::Hopeless => Decision::Dead,
         }
     }
 
@@ -185,7 +193,7 @@ mod tests {
     };
 
     fn after(attempts: u32) -> History {
-        History { attempts, silences: 1, strikes: STRIKES_BLAME_MESSAGE }
+        History { attempts, silences: 1, strikes: STRIKES_BLAME_MESSAGE, breaks: 1 }
     }
 
     #[test]

@@ -6,12 +6,14 @@
 //! A crash here costs the rows in flight a second delivery, and nothing else: nothing is written
 //! before settle has the verdict.
 
-use super::queue::{Queue, Queued};
+use super::queue::{Queue, Queued, Suspicion};
 use super::{End, Outcome, Work, hand_over};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
-use crate::retry::{Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE};
+use crate::retry::{
+    BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE, STRIKES_BLAME_MESSAGE,
+};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
 use crate::telemetry::{Instruments, Metrics, Pulse};
@@ -21,8 +23,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// Routes whose confirm time-outs are counted at once; more at the same time are an outage.
+/// Routes whose confirm time-outs are counted at once; of more, those of longest ago are forgotten.
 const SILENT_ROUTES_MAX: usize = 1024;
+/// Rows at most that are remembered for what they did to connections.
+const CONVICTED_MAX: usize = 1024;
+/// What is known of such a row when it comes again: one more and it waits.
+const CONVICTED: Suspicion =
+    Suspicion { alone: true, strikes: STRIKES_BLAME_MESSAGE - 1, breaks: BREAKS_SUSPECT };
 
 /// How long a worker has, after the grace period, to hand over the answers it has.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -41,13 +48,22 @@ pub struct Worker<P> {
     batch_rows: usize,
     batch_bytes: usize,
     /// Confirm time-outs in a row, by route.
-    silences: HashMap<Arc<Route>, u32>,
+    silences: HashMap<Arc<Route>, Silence>,
+    /// Rows that were blamed for broken connections: they are sent alone, and break no more than one when they are tried again.
+    convicted: HashSet<i64>,
     /// The relay is stopping: do not wait for a broker that is away.
     stopping: CancellationToken,
     /// The grace period is over: leave everything that has no answer.
     cut: CancellationToken,
     pulse: Pulse,
     metrics: Arc<Metrics>,
+}
+
+/// Confirm time-outs in a row on one route.
+#[derive(Debug, Clone, Copy)]
+struct Silence {
+    count: u32,
+    last: Instant,
 }
 
 /// What a worker is connected to.
@@ -85,6 +101,7 @@ impl<P: Publisher> Worker<P> {
             batch_rows: settings.batch_size,
             batch_bytes: settings.max_in_flight_bytes / settings.workers,
             silences: HashMap::new(),
+            convicted: HashSet::new(),
             stopping,
             cut,
             pulse: instruments.pulse,
@@ -168,14 +185,13 @@ impl<P: Publisher> Worker<P> {
         if self.is_silent(&row.route) {
             return self.accept_for_silent_route(row);
         }
-        if let Some(row) = self.queue.push(row.into()) {
-            self.give_back_unsent(&row);
-        }
+        let convicted = !self.convicted.is_empty() && self.convicted.contains(&row.id);
+        self.push_suspect(row, if convicted { CONVICTED } else { Suspicion::default() });
     }
 
     fn is_silent(&self, route: &Route) -> bool {
         !self.silences.is_empty()
-            && self.silences.get(route).is_some_and(|count| *count >= SILENCES_BLAME_ROUTE)
+            && self.silences.get(route).is_some_and(|silence| silence.count >= SILENCES_BLAME_ROUTE)
     }
 
     /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
@@ -187,8 +203,11 @@ impl<P: Publisher> Worker<P> {
             let reason = "not sent: this route has given no confirms lately";
             return self.wait(&row, Refusal::new(Fault::Silence, reason));
         }
-        let probe = Queued { alone: true, ..row.into() };
-        if let Some(row) = self.queue.push(probe) {
+        self.push_suspect(row, Suspicion { alone: true, ..Suspicion::default() });
+    }
+
+    fn push_suspect(&mut self, row: Row, suspicion: Suspicion) {
+        if let Some(row) = self.queue.push(Queued { suspicion, ..row.into() }) {
             self.give_back_unsent(&row);
         }
     }
@@ -216,8 +235,8 @@ impl<P: Publisher> Worker<P> {
 
     /// Sends one batch. If no row at all has come to an end, says why.
     async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
-        let (rows, memory): (Vec<Row>, Vec<(bool, u32)>) =
-            batch.into_iter().map(|queued| (*queued.row, (queued.alone, queued.strikes))).unzip();
+        let (rows, suspicions): (Vec<Row>, Vec<Suspicion>) =
+            batch.into_iter().map(|queued| (*queued.row, queued.suspicion)).unzip();
         if mutant!("mark-before-confirm") {
             for row in &rows {
                 self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
@@ -232,11 +251,11 @@ impl<P: Publisher> Worker<P> {
         let first_reason =
             verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
         let (count, mut again) = (rows.len(), Vec::new());
-        for ((row, verdict), (was_alone, strikes)) in rows.into_iter().zip(verdicts).zip(memory) {
+        for ((row, verdict), suspicion) in rows.into_iter().zip(verdicts).zip(suspicions) {
             match verdict {
                 Ok(()) => self.delivered(&row),
                 Err(refusal) => {
-                    let queued = Queued { alone: was_alone, strikes, ..row.into() };
+                    let queued = Queued { suspicion, ..row.into() };
                     again.extend(self.refused(queued, refusal, alone));
                 }
             }
@@ -257,18 +276,25 @@ impl<P: Publisher> Worker<P> {
         }
         let history = History {
             attempts: queued.row.attempts,
-            silences: self.silences.get(&queued.row.route).copied().unwrap_or(0),
-            strikes: queued.strikes + u32::from(alone),
+            silences: self.silences.get(&queued.row.route).map_or(0, |silence| silence.count),
+            strikes: queued.suspicion.strikes + u32::from(alone),
+            breaks: queued.suspicion.breaks + u32::from(refusal.fault == Fault::Break),
         };
+        queued.suspicion.breaks = history.breaks;
         match self.policy.decide(refusal.fault, history) {
             Decision::Resend => return Some(queued),
             Decision::ResendAlone => {
-                queued.alone = true;
-                queued.strikes = history.strikes;
+                queued.suspicion.alone = true;
+                queued.suspicion.strikes = history.strikes;
                 return Some(queued);
             }
             Decision::Accept => self.delivered(&queued.row),
-            Decision::Wait => self.wait(&queued.row, refusal),
+            Decision::Wait => {
+                if refusal.fault == Fault::Break {
+                    self.convict(queued.row.id);
+                }
+                self.wait(&queued.row, refusal);
+            }
             Decision::Dead => self.dead(&queued.row, refusal),
             Decision::GiveBack => self.give_back(&queued.row),
         }
@@ -279,7 +305,17 @@ impl<P: Publisher> Worker<P> {
         if !self.silences.is_empty() {
             self.silences.remove(&row.route);
         }
+        if !self.convicted.is_empty() {
+            self.convicted.remove(&row.id);
+        }
         self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
+    }
+
+    fn convict(&mut self, id: i64) {
+        if self.convicted.len() >= CONVICTED_MAX {
+            self.convicted.clear();
+        }
+        self.convicted.insert(id);
     }
 
     fn wait(&mut self, row: &Row, refusal: Refusal) {
@@ -308,6 +344,7 @@ impl<P: Publisher> Worker<P> {
 
     fn dead(&mut self, row: &Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
+        self.convicted.remove(&row.id);
         tracing::warn!(
             id = row.id,
             message_id = %row.message_id,
@@ -344,17 +381,30 @@ impl<P: Publisher> Worker<P> {
     fn count_silences(&mut self, rows: &[Row], verdicts: &[Verdict]) {
         let silent = |verdict: &Verdict| matches!(verdict, Err(refusal) if refusal.fault == Fault::Silence);
         let silent = rows.iter().zip(verdicts).filter(|(_, verdict)| silent(verdict));
-        let routes: HashSet<&Arc<Route>> = silent.map(|(row, _)| &row.route).collect();
+        let (routes, now): (HashSet<&Arc<Route>>, _) =
+            (silent.map(|(row, _)| &row.route).collect(), Instant::now());
         for route in routes {
-            if self.silences.contains_key(route) || self.silences.len() < SILENT_ROUTES_MAX {
-                *self.silences.entry(Arc::clone(route)).or_default() += 1;
+            if self.silences.len() >= SILENT_ROUTES_MAX && !self.silences.contains_key(route) {
+                self.forget_longest_ago();
             }
+            let silence = self.silences.entry(Arc::clone(route)).or_insert(Silence { count: 0, last: now });
+            *silence = Silence { count: silence.count + 1, last: now };
+        }
+    }
+
+    /// What became of a route is not learned here where its rows went to another replica, or to the prober.
+    fn forget_longest_ago(&mut self) {
+        let longest_ago = self.silences.iter().min_by_key(|(_, silence)| silence.last);
+        if let Some(route) = longest_ago.map(|(route, _)| Arc::clone(route)) {
+            self.silences.remove(&route);
         }
     }
 
     fn count(&self, fault: Fault) {
         match fault {
-            Fault::Unknown | Fault::Silence | Fault::Suspect => self.metrics.possible_duplicates.inc(),
+            Fault::Unknown | Fault::Break | Fault::Silence | Fault::Suspect => {
+                self.metrics.possible_duplicates.inc()
+            }
             Fault::Unroutable => self.metrics.returned.inc(),
             Fault::Destination | Fault::Message | Fault::Hopeless => self.metrics.refused.inc(),
             Fault::Outage | Fault::Fenced => return,

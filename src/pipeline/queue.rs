@@ -13,15 +13,24 @@ use std::sync::Arc;
 pub struct Queued {
     /// The row; boxed, because it changes places often.
     pub row: Box<Row>,
+    /// What speaks against it.
+    pub suspicion: Suspicion,
+}
+
+/// What speaks against a row, while it is in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Suspicion {
     /// To be published in a batch of its own.
     pub alone: bool,
     /// Times it was alone on a channel that closed.
     pub strikes: u32,
+    /// Connections that broke with it on its way.
+    pub breaks: u32,
 }
 
 impl From<Row> for Queued {
     fn from(row: Row) -> Self {
-        Self { row: Box::new(row), alone: false, strikes: 0 }
+        Self { row: Box::new(row), suspicion: Suspicion::default() }
     }
 }
 
@@ -179,7 +188,7 @@ struct Batch {
 
 impl Batch {
     fn is_full(&self) -> bool {
-        self.rows.len() >= self.max_rows || self.rows.last().is_some_and(|queued| queued.alone)
+        self.rows.len() >= self.max_rows || self.rows.last().is_some_and(|queued| queued.suspicion.alone)
     }
 
     /// Moves at most `share` rows over from the front; false if the batch had no room for the next one.
@@ -188,7 +197,7 @@ impl Batch {
             let Some(next) = rows.front() else { return true };
             let bytes = self.bytes + next.row.bytes();
             let first = self.rows.is_empty();
-            if self.is_full() || (!first && (bytes > self.max_bytes || next.alone)) {
+            if self.is_full() || (!first && (bytes > self.max_bytes || next.suspicion.alone)) {
                 return false;
             }
             self.bytes = bytes;
@@ -259,11 +268,15 @@ mod tests {
     fn a_row_that_must_be_alone_is_alone() {
         let mut queue = filled(Ordering::Strict, &ROWS);
         let mut batch = queue.next_batch(10, 1 << 20);
-        batch.iter_mut().for_each(|queued| queued.alone = true);
+        batch.iter_mut().for_each(|queued| queued.suspicion.alone = true);
         assert!(queue.put_back(batch).is_empty());
         while !queue.is_empty() {
             let batch = queue.next_batch(10, 1 << 20);
-            assert!(batch.len() == 1 || batch.iter().all(|queued| !queued.alone), "{:?}", ids(&batch));
+            assert!(
+                batch.len() == 1 || batch.iter().all(|queued| !queued.suspicion.alone),
+                "{:?}",
+                ids(&batch)
+            );
         }
     }
 

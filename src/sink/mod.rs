@@ -56,6 +56,9 @@ pub enum Fault {
     Fenced,
     /// Sent, and the connection or channel was lost before the answer.
     Unknown,
+    /// Sent, and before the answer the whole connection broke, which a message may be the reason of: where the server or
+    /// something on the way stumbles over it.
+    Break,
     /// Sent, and no answer within the confirm time-out.
     Silence,
     /// The server closed the channel over one message of the batch and did not say which.

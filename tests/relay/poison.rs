@@ -291,3 +291,82 @@ async fn a_limit_that_is_taken_away_is_noticed() {
     assert!(relay.terminate().await.success());
     world.abandon();
 }
+
+/// RabbitMQ cuts the text of a refusal after 252 bytes, here within a character. That is no UTF-8, and ends the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_exchange_whose_name_breaks_the_connection_holds_up_nobody() {
+    let world = World::new().await;
+    let exchange = format!("{}{}", world.name, "ä".repeat(110));
+    world
+        .sql(&format!(
+            "insert into outbox (exchange, routing_key, ordering_key, payload)
+             select '{exchange}', 'ok.1', 'broken ' || i % 3, '{{}}' from generate_series(1, 10) i"
+        ))
+        .await;
+    world.write(2000, 40).await;
+    let relay = world.relay(&[]).await;
+    world.until_delivered(2000).await;
+    let told =
+        "select count(*) from outbox where attempts > 0 and last_error like 'the connection breaks when%'";
+    world.until(told, 3).await;
+    let connections = relay.metric("reconnects_total{peer=\"broker\"}").await;
+    assert!((3.0..=6.0).contains(&connections), "{connections} connections");
+    // It is asked for again, now and then.
+    world.declare_other(&exchange).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.delete_exchange(&exchange).await;
+    world.finish(Allowed { refusals: true, duplicates: 6 * 2000, ..Allowed::default() }).await;
+}
+
+/// The same by a message: a login that may not use its routing key is told so in a text that breaks the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_breaks_the_connection_is_dead_and_holds_up_nobody() {
+    let world = World::alone().await;
+    world.servers().rabbitmqctl(&["set_topic_permissions", "outbox", &world.name, "^ok", ".*"]).await;
+    world.write(1000, 40).await;
+    let lethal = format!("x{}", "ä".repeat(119));
+    world
+        .sql(&format!(
+            "insert into outbox (routing_key, ordering_key, payload) values ('{lethal}', 'key 1', '{{}}')"
+        ))
+        .await;
+    world.write(1000, 40).await;
+    let relay = world.process(&[("OUTBOX_MAX_ATTEMPTS", "3")]).await;
+    world.drained().await;
+    assert_eq!(world.delivered().await, 2000);
+    let dead = "select routing_key || ', ' || attempts from outbox where dead_at is not null";
+    assert_eq!(world.text(dead).await, Some(format!("{lethal}, 3")));
+    let connections = relay.metric("reconnects_total{peer=\"broker\"}").await;
+    eprintln!("{connections} connections broken");
+    // Three in company, three alone, and then one for each attempt.
+    assert!(connections <= 9.0, "{connections} connections");
+    assert!(relay.terminate().await.success());
+    world.finish(Allowed { dead: true, refusals: true, duplicates: 9 * 2000, ..Allowed::default() }).await;
+}
+
+/// And where the text is merely cut, and names nobody in full.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_routing_key_that_is_not_allowed_waits_alone() {
+    let world = World::alone().await;
+    world.servers().rabbitmqctl(&["set_topic_permissions", "outbox", &world.name, "^ok", ".*"]).await;
+    world.write(500, 40).await;
+    let long = "x".repeat(240);
+    world
+        .sql(&format!(
+            "insert into outbox (routing_key, ordering_key, payload) values ('{long}', 'key 1', '{{}}')"
+        ))
+        .await;
+    world.write(500, 40).await;
+    let relay = world.relay(&[]).await;
+    let waiting = "select count(*) from outbox where attempts > 0 and last_error like '%access to topic%'";
+    world.until(waiting, 1).await;
+    let others = "select count(*) from outbox where delivered_at is null and ordering_key <> 'key 1'";
+    world.until(others, 0).await;
+    world.servers().rabbitmqctl(&["clear_topic_permissions", "outbox"]).await;
+    world.bind("x#").await;
+    world.bind(&long).await;
+    world.drained().await;
+    relay.stop().await.expect("clean stop");
+    world.finish(Allowed { refusals: true, duplicates: 3 * 2000, ..Allowed::default() }).await;
+}

@@ -46,18 +46,36 @@ pub struct Blamed<'a> {
     pub payload_len: usize,
 }
 
+/// What is known of all messages that went together.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Evidence {
+    /// There was one.
+    pub alone: bool,
+    /// The text blames one of them.
+    pub named: bool,
+    /// The whole connection is gone, and nobody has ended it on purpose.
+    pub broke: bool,
+}
+
+/// Somebody ends the connection: the server because it stops, an operator, or this relay.
+pub fn is_forced(error: &Error) -> bool {
+    matches!(reply_code(error), Some(200 | 320))
+}
+
 /// What the closing of a channel or connection means for one message that had no answer yet.
-///
-/// `alone` says that the batch held nothing else.
-pub fn fault_of_close(error: &Error, message: Blamed<'_>, alone: bool) -> Fault {
+pub fn fault_of_close(error: &Error, message: Blamed<'_>, evidence: Evidence) -> Fault {
+    let Evidence { alone, named, broke } = evidence;
     let suspect = if alone { Fault::Message } else { Fault::Suspect };
+    let unknown = if broke { Fault::Break } else { Fault::Unknown };
     let text = &sentence(error);
     match error.kind() {
-        ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => Fault::Unknown,
+        ErrorKind::InvalidChannelState(..) | ErrorKind::InvalidConnectionState(_) => unknown,
         ErrorKind::ProtocolError(protocol) => match (protocol.kind(), reply_code(error)) {
             (AMQPErrorKind::Soft(_), Some(403 | 404)) => match names(text, message) {
                 true => Fault::Destination,
-                false => Fault::Unknown,
+                false if named => Fault::Unknown,
+                false if alone => Fault::Destination,
+                false => Fault::Suspect,
             },
             (AMQPErrorKind::Soft(_), Some(406)) => match size_limit(error, text) {
                 Some(limit) if message.payload_len > limit => Fault::Hopeless,
@@ -66,26 +84,32 @@ pub fn fault_of_close(error: &Error, message: Blamed<'_>, alone: bool) -> Fault 
             },
             // Frame, syntax, command, channel, unexpected frame. 506 is the broker out of resources.
             (AMQPErrorKind::Hard(_), Some(501..=505)) => suspect,
-            _ => Fault::Unknown,
+            _ => unknown,
         },
-        _ => Fault::Unknown,
+        _ => unknown,
     }
 }
 
 /// The text blames this message's destination.
-fn names(text: &str, message: Blamed<'_>) -> bool {
+pub fn names(text: &str, message: Blamed<'_>) -> bool {
     match text.contains("access to topic") {
         // Topic permissions are about the routing key.
-        true => text.contains(&format!("topic '{}'", message.routing_key)),
+        true => quotes(text, "topic", message.routing_key),
         false => names_exchange(text, message.exchange),
     }
+}
+
+/// RabbitMQ cuts a text after 252 bytes, and puts three dots there.
+fn quotes(text: &str, what: &str, name: &str) -> bool {
+    let cut = || text.strip_suffix("...")?.split_once(&format!("{what} '"));
+    text.contains(&format!("{what} '{name}'")) || cut().is_some_and(|(_, start)| name.starts_with(start))
 }
 
 /// The text blames this exchange as a whole. RabbitMQ names it in quotes, the default one by a name of
 /// its own: "no exchange 'orders' in vhost '/'", "access to exchange 'amq.default' … refused".
 pub fn names_exchange(text: &str, exchange: &str) -> bool {
     let name = if exchange.is_empty() { "amq.default" } else { exchange };
-    !text.contains("access to topic") && text.contains(&format!("exchange '{name}'"))
+    !text.contains("access to topic") && quotes(text, "exchange", name)
 }
 
 /// The limit in "message size 2000 is larger than configured max size 1000". Other errors may have such words in a name.
@@ -99,11 +123,15 @@ pub fn size_limit(error: &Error, text: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lapin::protocol::{AMQPError, AMQPSoftError};
+    use lapin::protocol::{AMQPError, AMQPHardError, AMQPSoftError};
 
     fn close(kind: AMQPSoftError, text: &str) -> Error {
         ErrorKind::ProtocolError(AMQPError::new(kind.into(), text.into())).into()
     }
+
+    /// Somebody is named.
+    const TOGETHER: Evidence = Evidence { alone: false, named: true, broke: false };
+    const ALONE: Evidence = Evidence { alone: true, ..TOGETHER };
 
     fn blamed(exchange: &str, payload_len: usize) -> Blamed<'_> {
         Blamed { exchange, routing_key: "rk", payload_len }
@@ -113,8 +141,8 @@ mod tests {
     fn the_default_exchange_is_named_amq_default() {
         let text = "ACCESS_REFUSED - access to exchange 'amq.default' in vhost '/' refused for user 'u'";
         let error = close(AMQPSoftError::ACCESSREFUSED, text);
-        assert_eq!(fault_of_close(&error, blamed("", 1), false), Fault::Destination);
-        assert_eq!(fault_of_close(&error, blamed("orders", 1), false), Fault::Unknown);
+        assert_eq!(fault_of_close(&error, blamed("", 1), TOGETHER), Fault::Destination);
+        assert_eq!(fault_of_close(&error, blamed("orders", 1), TOGETHER), Fault::Unknown);
     }
 
     #[test]
@@ -123,24 +151,24 @@ mod tests {
             "ACCESS_REFUSED - access to topic 'rk' in exchange 'orders' in vhost '/' refused for user 'u'";
         let error = close(AMQPSoftError::ACCESSREFUSED, text);
         let other = Blamed { routing_key: "other", ..blamed("orders", 1) };
-        assert_eq!(fault_of_close(&error, blamed("orders", 1), false), Fault::Destination);
-        assert_eq!(fault_of_close(&error, other, false), Fault::Unknown);
+        assert_eq!(fault_of_close(&error, blamed("orders", 1), TOGETHER), Fault::Destination);
+        assert_eq!(fault_of_close(&error, other, TOGETHER), Fault::Unknown);
         assert!(!names_exchange(text, "orders"));
     }
 
     #[test]
     fn a_missing_exchange_is_the_fault_of_its_own_messages_only() {
         let error = close(AMQPSoftError::NOTFOUND, "NOT_FOUND - no exchange 'orders' in vhost '/'");
-        assert_eq!(fault_of_close(&error, blamed("orders", 10), false), Fault::Destination);
-        assert_eq!(fault_of_close(&error, blamed("billing", 10), false), Fault::Unknown);
+        assert_eq!(fault_of_close(&error, blamed("orders", 10), TOGETHER), Fault::Destination);
+        assert_eq!(fault_of_close(&error, blamed("billing", 10), TOGETHER), Fault::Unknown);
     }
 
     #[test]
     fn a_size_limit_names_its_culprits() {
         let text = "PRECONDITION_FAILED - message size 2000 is larger than configured max size 1000";
         let error = close(AMQPSoftError::PRECONDITIONFAILED, text);
-        assert_eq!(fault_of_close(&error, blamed("x", 2000), false), Fault::Hopeless);
-        assert_eq!(fault_of_close(&error, blamed("x", 1000), false), Fault::Unknown);
+        assert_eq!(fault_of_close(&error, blamed("x", 2000), TOGETHER), Fault::Hopeless);
+        assert_eq!(fault_of_close(&error, blamed("x", 1000), TOGETHER), Fault::Unknown);
         assert_eq!(size_limit(&error, text), Some(1000));
         let text = "ACCESS_REFUSED - access to topic 'max size 1' in exchange 'x' refused";
         let error = close(AMQPSoftError::ACCESSREFUSED, text);
@@ -150,7 +178,48 @@ mod tests {
     #[test]
     fn an_unnamed_culprit_is_found_one_by_one() {
         let error = close(AMQPSoftError::PRECONDITIONFAILED, "PRECONDITION_FAILED - invalid message");
-        assert_eq!(fault_of_close(&error, blamed("x", 1), false), Fault::Suspect);
-        assert_eq!(fault_of_close(&error, blamed("x", 1), true), Fault::Message);
+        assert_eq!(fault_of_close(&error, blamed("x", 1), TOGETHER), Fault::Suspect);
+        assert_eq!(fault_of_close(&error, blamed("x", 1), ALONE), Fault::Message);
+    }
+
+    /// The broker's words of names that are long: their end is missing.
+    #[test]
+    fn a_text_that_is_cut_names_its_culprits_too() {
+        let long = "x".repeat(250);
+        let topic = format!("ACCESS_REFUSED - write access to topic '{}...", &long[..212]);
+        let exchange = format!("NOT_FOUND - no exchange '{}...", &long[..227]);
+        let (topic, exchange) =
+            (close(AMQPSoftError::ACCESSREFUSED, &topic), close(AMQPSoftError::NOTFOUND, &exchange));
+        let of_long_key = Blamed { routing_key: &long, ..blamed("orders", 1) };
+        assert_eq!(fault_of_close(&topic, of_long_key, TOGETHER), Fault::Destination);
+        assert_eq!(fault_of_close(&topic, blamed("orders", 1), TOGETHER), Fault::Unknown);
+        assert_eq!(fault_of_close(&exchange, blamed(&long, 1), TOGETHER), Fault::Destination);
+        assert_eq!(fault_of_close(&exchange, blamed("x", 1), TOGETHER), Fault::Unknown);
+    }
+
+    #[test]
+    fn where_nobody_is_named_the_culprit_is_found_one_by_one() {
+        let error = close(AMQPSoftError::ACCESSREFUSED, "ACCESS_REFUSED - in words that nobody knows yet");
+        let nobody_named = Evidence { named: false, ..TOGETHER };
+        assert_eq!(fault_of_close(&error, blamed("orders", 1), nobody_named), Fault::Suspect);
+        assert_eq!(fault_of_close(&error, blamed("orders", 1), ALONE), Fault::Destination);
+    }
+
+    #[test]
+    fn a_broken_connection_is_told_from_one_that_was_ended() {
+        let ended = ErrorKind::ProtocolError(AMQPError::new(
+            AMQPHardError::CONNECTIONFORCED.into(),
+            "shutdown".into(),
+        ));
+        assert!(is_forced(&ended.into()));
+        let internal: Error = ErrorKind::ProtocolError(AMQPError::new(
+            AMQPHardError::INTERNALERROR.into(),
+            "INTERNAL_ERROR".into(),
+        ))
+        .into();
+        assert!(!is_forced(&internal));
+        let broke = Evidence { broke: true, ..ALONE };
+        assert_eq!(fault_of_close(&internal, blamed("x", 1), broke), Fault::Break);
+        assert_eq!(fault_of_close(&internal, blamed("x", 1), ALONE), Fault::Unknown);
     }
 }

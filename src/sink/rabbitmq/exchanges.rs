@@ -4,12 +4,14 @@
 //! flight on it along. So each exchange is asked for first, on a channel of its own, and the answer
 //! is kept for a while. An exchange that has refused a publish is tried again with one message alone.
 
+use super::breaks::Breaks;
 use super::classify::{reply_code, sentence};
 use super::connection::BrokerConnection;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
 use lapin::{Channel, ExchangeKind};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long "exists" is believed. A deletion within this time costs one closed channel.
@@ -41,17 +43,23 @@ struct Answer {
 }
 
 /// The answers of one worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Exchanges {
     answers: HashMap<String, Answer>,
     channel: Option<Channel>,
+    breaks: Breaks,
 }
 
 impl Exchanges {
+    /// Nothing is known but what they did to connections.
+    pub(super) fn new(breaks: Breaks) -> Self {
+        Self { answers: HashMap::new(), channel: None, breaks }
+    }
+
     /// What is known, asking the broker where nothing is. `Err`: the connection is not usable.
     pub(super) async fn access(
         &mut self,
-        connection: &BrokerConnection,
+        connection: &Arc<BrokerConnection>,
         exchange: &str,
     ) -> Result<Access, String> {
         match self.answers.get(exchange) {
@@ -62,7 +70,10 @@ impl Exchanges {
             Some(Answer { by_publish: true, .. }) => Ok(Access::OneTry),
             // The default exchange exists always and cannot be declared.
             _ if exchange.is_empty() => Ok(Access::Open),
-            _ => self.ask(connection, exchange).await,
+            _ => match self.breaks.refusal(exchange) {
+                Some(reason) => Ok(Access::Refused(reason)),
+                None => self.ask(connection, exchange).await,
+            },
         }
     }
 
@@ -88,10 +99,16 @@ impl Exchanges {
 
     /// Another connection: nothing is known.
     pub(super) fn forget(&mut self) {
-        *self = Self::default();
+        *self = Self::new(self.breaks.clone());
     }
 
-    async fn ask(&mut self, connection: &BrokerConnection, exchange: &str) -> Result<Access, String> {
+    async fn ask(&mut self, connection: &Arc<BrokerConnection>, exchange: &str) -> Result<Access, String> {
+        // Opening a channel is a round trip, which shows that the connection works before it is put at risk.
+        if self.breaks.is_suspect(exchange)
+            && let Some(channel) = self.channel.take()
+        {
+            connection.abandon(channel);
+        }
         let answer = match tokio::time::timeout(ASK_LIMIT, self.exists(connection, exchange)).await {
             Ok(answer) => answer,
             Err(_) => {
@@ -111,17 +128,22 @@ impl Exchanges {
                 Some(sentence(&error))
             }
         };
+        self.breaks.answered(exchange);
         let access = refused.clone().map_or(Access::Open, Access::Refused);
         self.note(exchange, refused, false);
         Ok(access)
     }
 
-    async fn exists(&mut self, connection: &BrokerConnection, exchange: &str) -> lapin::Result<()> {
+    async fn exists(&mut self, connection: &Arc<BrokerConnection>, exchange: &str) -> lapin::Result<()> {
         let channel = match &self.channel {
             Some(channel) => channel,
             None => self.channel.insert(connection.create_channel().await?),
         };
-        declare_passively(channel, exchange).await
+        let answer = declare_passively(channel, exchange).await;
+        if answer.is_err() && !connection.status().connected() {
+            self.breaks.note(exchange, connection);
+        }
+        answer
     }
 }
 

@@ -5,12 +5,14 @@
 //! - `tls`: certificates for it.
 //! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
 //! - `exchanges`: which exchanges may be published to, asked on a channel of its own.
+//! - `breaks`: exchanges that break the connection when they are asked for.
 //! - `confirms`: the answers of the broker, gathered.
 //! - `rounds`: in which order the messages of a batch are sent.
 //! - `message`: a row as an AMQP message.
 //! - `classify`: what the broker's errors mean.
 //! - `preflight`: what `check` looks at.
 
+mod breaks;
 pub mod classify;
 mod confirms;
 mod connection;
@@ -27,6 +29,7 @@ pub use publisher::RabbitPublisher;
 use super::{Sink, SinkState};
 use crate::config::Broker;
 use crate::telemetry::Metrics;
+use breaks::Breaks;
 use connection::BrokerConnection;
 use link::Link;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,6 +44,7 @@ pub struct RabbitMq {
     confirm_timeout: Duration,
     state: watch::Receiver<SinkState>,
     connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
+    breaks: Breaks,
     stop: CancellationToken,
     link: Mutex<Option<JoinHandle<()>>>,
 }
@@ -51,7 +55,7 @@ impl RabbitMq {
         let stop = CancellationToken::new();
         let (link, state, connection) = Link::new(broker.into(), metrics, stop.clone());
         let link = Mutex::new(Some(tokio::spawn(link.run())));
-        Self { confirm_timeout, state, connection, stop, link }
+        Self { confirm_timeout, state, connection, breaks: Breaks::default(), stop, link }
     }
 }
 
@@ -59,7 +63,8 @@ impl Sink for RabbitMq {
     type Publisher = RabbitPublisher;
 
     fn publisher(&self) -> RabbitPublisher {
-        RabbitPublisher::new(self.connection.clone(), self.state.clone(), self.confirm_timeout)
+        let (connection, state) = (self.connection.clone(), self.state.clone());
+        RabbitPublisher::new(connection, state, self.confirm_timeout, self.breaks.clone())
     }
 
     fn state(&self) -> watch::Receiver<SinkState> {

@@ -6,7 +6,10 @@
 //! may speak of a message whose return was handed to nobody: as soon as one return was seen in a
 //! broken batch, its acks are [`Fault::Unknown`].
 
-use super::classify::{Blamed, fault_of_close, names_exchange, sentence, size_limit};
+use super::breaks::Breaks;
+use super::classify::{
+    Blamed, Evidence, fault_of_close, is_forced, names, names_exchange, sentence, size_limit,
+};
 use super::confirms::{Answer, Answers, ChannelState, Ended, OnItsWay, gather};
 use super::connection::BrokerConnection;
 use super::exchanges::{Access, Exchanges};
@@ -15,7 +18,7 @@ use super::rounds::Rounds;
 use crate::mutants::mutant;
 use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
-use crate::store::Row;
+use crate::store::{Route, Row};
 use futures_util::FutureExt;
 use lapin::Channel;
 use lapin::message::BasicReturnMessage;
@@ -75,8 +78,9 @@ impl RabbitPublisher {
         connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
         state: watch::Receiver<SinkState>,
         confirm_timeout: Duration,
+        breaks: Breaks,
     ) -> Self {
-        let exchanges = Exchanges::default();
+        let exchanges = Exchanges::new(breaks);
         let learned_from = Weak::new();
         Self {
             connection,
@@ -142,7 +146,7 @@ impl RabbitPublisher {
     /// Sorts the rows that have a message into rounds.
     async fn rounds(
         &mut self,
-        connection: &BrokerConnection,
+        connection: &Arc<BrokerConnection>,
         batch: &[Row],
         messages: &[Option<Message>],
         verdicts: &mut [Option<Verdict>],
@@ -189,6 +193,8 @@ impl RabbitPublisher {
         }
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Answer::Error(_)) | None);
         let broken = ended != Ended::Complete || by_slot.iter().any(failed);
+        let evidence = evidence(open, round, &by_slot);
+        let lost = if evidence.broke { Fault::Break } else { Fault::Unknown };
         for ((place, row), answer) in round.rows().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
             let verdict = match answer.unwrap_or(none) {
@@ -202,8 +208,8 @@ impl RabbitPublisher {
                 Answer::Ack => Ok(()),
                 Answer::Nack => Err(refused_by_queue(row)),
                 Answer::NotSent(refusal) => Err(refusal),
-                Answer::Error(error) => Err(self.learn(&error, row, round.places.len() == 1)),
-                Answer::Lost => Err(Refusal::new(Fault::Unknown, "the channel was lost before the confirm")),
+                Answer::Error(error) => Err(self.learn(&error, row, evidence)),
+                Answer::Lost => Err(Refusal::new(lost, "the channel was lost before the confirm")),
                 Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
             };
             if verdict.is_ok() {
@@ -214,10 +220,9 @@ impl RabbitPublisher {
     }
 
     /// What the closing of the channel says of this message, remembered for the next batch.
-    fn learn(&mut self, error: &lapin::Error, row: &Row, alone: bool) -> Refusal {
+    fn learn(&mut self, error: &lapin::Error, row: &Row, evidence: Evidence) -> Refusal {
         let (text, exchange) = (sentence(error), row.route.exchange.as_str());
-        let blamed = Blamed { exchange, routing_key: &row.route.routing_key, payload_len: row.payload.len() };
-        let fault = fault_of_close(error, blamed, alone);
+        let fault = fault_of_close(error, blamed(row), evidence);
         if fault == Fault::Destination && names_exchange(&text, exchange) {
             self.exchanges.refused(exchange, text.clone());
         }
@@ -263,6 +268,26 @@ impl Publisher for RabbitPublisher {
         }
         let not_sent = || Err(Refusal::new(Fault::Outage, "not sent: the channel was lost"));
         verdicts.into_iter().map(|verdict| verdict.unwrap_or_else(not_sent)).collect()
+    }
+}
+
+fn blamed(row: &Row) -> Blamed<'_> {
+    let Route { exchange, routing_key } = &*row.route;
+    Blamed { exchange, routing_key, payload_len: row.payload.len() }
+}
+
+/// What all the answers of a round say together.
+fn evidence(open: &Open, round: &Round<'_>, by_slot: &[Option<Answer>]) -> Evidence {
+    let errors = || {
+        by_slot.iter().zip(round.rows()).filter_map(|(answer, (_, row))| match answer {
+            Some(Answer::Error(error)) => Some((error, row)),
+            _ => None,
+        })
+    };
+    Evidence {
+        alone: round.places.len() == 1,
+        named: errors().any(|(error, row)| names(&sentence(error), blamed(row))),
+        broke: !open.connection.status().connected() && !errors().any(|(error, _)| is_forced(error)),
     }
 }
 
