@@ -91,8 +91,10 @@ impl Policy {
             },
             Fault::Silence | Fault::Destination => Decision::Wait,
             Fault::Message | Fault::Break if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
-            Fault::Message | Fault::Break if history.attempts + 1 < self.max_attempts => Decision::Wait,
-            Fault::Message | Fault::Break | Fault::Hopeless => Decision::Dead,
+            // A server that dies of every message looks the same from here, so it is never fatal.
+            Fault::Break => Decision::Wait,
+            Fault::Message if history.attempts + 1 < self.max_attempts => Decision::Wait,
+            Fault::Message | Fault::Hopeless => Decision::Dead,
         }
     }
 
@@ -201,6 +203,16 @@ mod tests {
         for fault in [Fault::Outage, Fault::Unknown, Fault::Silence] {
             assert_eq!(POLICY.decide(fault, after(1000)), Decision::Resend, "{fault:?}");
         }
+    }
+
+    #[test]
+    fn what_breaks_connections_is_sent_alone_and_then_waits_and_is_never_dead() {
+        let decide = |breaks, strikes| {
+            POLICY.decide(Fault::Break, History { attempts: 1000, silences: 0, strikes, breaks })
+        };
+        assert_eq!(decide(BREAKS_SUSPECT - 1, STRIKES_BLAME_MESSAGE), Decision::Resend);
+        assert_eq!(decide(BREAKS_SUSPECT, STRIKES_BLAME_MESSAGE - 1), Decision::ResendAlone);
+        assert_eq!(decide(BREAKS_SUSPECT, STRIKES_BLAME_MESSAGE), Decision::Wait);
     }
 
     #[test]

@@ -49,6 +49,7 @@ pub mod shards;
 
 // What a worker keeps in mind.
 pub mod queue;
+pub mod silences;
 
 pub use poll::Poll;
 pub use publish::Worker;

@@ -7,26 +7,25 @@
 //! before settle has the verdict.
 
 use super::queue::{Queue, Queued, Suspicion};
+use super::silences::Silences;
 use super::{End, Outcome, Work, hand_over};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
-use crate::retry::{
-    BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy, SILENCES_BLAME_ROUTE, STRIKES_BLAME_MESSAGE,
-};
+use crate::retry::{BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy, STRIKES_BLAME_MESSAGE};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
 use crate::telemetry::{Instruments, Metrics, Pulse};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// Routes whose confirm time-outs are counted at once; of more, those of longest ago are forgotten.
-const SILENT_ROUTES_MAX: usize = 1024;
 /// Rows at most that are remembered for what they did to connections.
 const CONVICTED_MAX: usize = 1024;
+/// They are tried no more often.
+const CONVICTED_REST: Duration = Duration::from_secs(30);
 /// What is known of such a row when it comes again: one more and it waits.
 const CONVICTED: Suspicion =
     Suspicion { alone: true, strikes: STRIKES_BLAME_MESSAGE - 1, breaks: BREAKS_SUSPECT };
@@ -48,22 +47,16 @@ pub struct Worker<P> {
     batch_rows: usize,
     batch_bytes: usize,
     /// Confirm time-outs in a row, by route.
-    silences: HashMap<Arc<Route>, Silence>,
+    silences: Silences,
     /// Rows that were blamed for broken connections: they are sent alone, and break no more than one when they are tried again.
     convicted: HashSet<i64>,
+    next_convicted: Instant,
     /// The relay is stopping: do not wait for a broker that is away.
     stopping: CancellationToken,
     /// The grace period is over: leave everything that has no answer.
     cut: CancellationToken,
     pulse: Pulse,
     metrics: Arc<Metrics>,
-}
-
-/// Confirm time-outs in a row on one route.
-#[derive(Debug, Clone, Copy)]
-struct Silence {
-    count: u32,
-    last: Instant,
 }
 
 /// What a worker is connected to.
@@ -100,8 +93,9 @@ impl<P: Publisher> Worker<P> {
             policy: Policy::new(settings),
             batch_rows: settings.batch_size,
             batch_bytes: settings.max_in_flight_bytes / settings.workers,
-            silences: HashMap::new(),
+            silences: Silences::default(),
             convicted: HashSet::new(),
+            next_convicted: Instant::now(),
             stopping,
             cut,
             pulse: instruments.pulse,
@@ -182,28 +176,39 @@ impl<P: Publisher> Worker<P> {
     }
 
     fn accept_row(&mut self, row: Row) {
-        if self.is_silent(&row.route) {
+        if self.silences.is_silent(&row.route) {
             return self.accept_for_silent_route(row);
         }
-        let convicted = !self.convicted.is_empty() && self.convicted.contains(&row.id);
-        self.push_suspect(row, if convicted { CONVICTED } else { Suspicion::default() });
-    }
-
-    fn is_silent(&self, route: &Route) -> bool {
-        !self.silences.is_empty()
-            && self.silences.get(route).is_some_and(|silence| silence.count >= SILENCES_BLAME_ROUTE)
+        if !self.convicted.is_empty() && self.convicted.contains(&row.id) {
+            return self.accept_convicted(row);
+        }
+        self.push_suspect(row, Suspicion::default());
     }
 
     /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
     /// one that has waited is a probe, and goes alone.
     fn accept_for_silent_route(&mut self, row: Row) {
-        // Only the first row of a key may be refused: one that had waited would be tried before those before it.
-        let behind = row.ordering_key.as_ref().is_some_and(|key| self.queue.is_busy_with(key));
-        if row.attempts == 0 && !behind {
+        if row.attempts == 0 && !self.is_behind_others(&row) {
             let reason = "not sent: this route has given no confirms lately";
             return self.wait(&row, Refusal::new(Fault::Silence, reason));
         }
         self.push_suspect(row, Suspicion { alone: true, ..Suspicion::default() });
+    }
+
+    /// However many such rows there are, they break a connection now and then only.
+    fn accept_convicted(&mut self, row: Row) {
+        let now = Instant::now();
+        if now < self.next_convicted && !self.is_behind_others(&row) {
+            let reason = "not sent: connections have broken each time it was on its way";
+            return self.wait(&row, Refusal::new(Fault::Break, reason));
+        }
+        self.next_convicted = now + CONVICTED_REST;
+        self.push_suspect(row, CONVICTED);
+    }
+
+    /// Only the first row of a key may be refused: one that had waited would be tried before those before it.
+    fn is_behind_others(&self, row: &Row) -> bool {
+        row.ordering_key.as_ref().is_some_and(|key| self.queue.is_busy_with(key))
     }
 
     fn push_suspect(&mut self, row: Row, suspicion: Suspicion) {
@@ -272,11 +277,11 @@ impl<P: Publisher> Worker<P> {
         self.count(refusal.fault);
         if matches!(refusal.fault, Fault::Unroutable | Fault::Destination | Fault::Message) {
             // A refusal is an answer too.
-            self.silences.remove(&queued.row.route);
+            self.silences.answered(&queued.row.route);
         }
         let history = History {
             attempts: queued.row.attempts,
-            silences: self.silences.get(&queued.row.route).map_or(0, |silence| silence.count),
+            silences: self.silences.of(&queued.row.route),
             strikes: queued.suspicion.strikes + u32::from(alone),
             breaks: queued.suspicion.breaks + u32::from(refusal.fault == Fault::Break),
         };
@@ -291,7 +296,7 @@ impl<P: Publisher> Worker<P> {
             Decision::Accept => self.delivered(&queued.row),
             Decision::Wait => {
                 if refusal.fault == Fault::Break {
-                    self.convict(queued.row.id);
+                    self.convict(&queued.row, &refusal);
                 }
                 self.wait(&queued.row, refusal);
             }
@@ -302,20 +307,21 @@ impl<P: Publisher> Worker<P> {
     }
 
     fn delivered(&mut self, row: &Row) {
-        if !self.silences.is_empty() {
-            self.silences.remove(&row.route);
-        }
+        self.silences.answered(&row.route);
         if !self.convicted.is_empty() {
             self.convicted.remove(&row.id);
         }
         self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
     }
 
-    fn convict(&mut self, id: i64) {
+    fn convict(&mut self, row: &Row, refusal: &Refusal) {
         if self.convicted.len() >= CONVICTED_MAX {
             self.convicted.clear();
         }
-        self.convicted.insert(id);
+        if self.convicted.insert(row.id) {
+            let (id, message_id, reason) = (row.id, row.message_id, &refusal.reason);
+            tracing::warn!(id, %message_id, reason, "connections break whenever this row is on its way; trying it seldom");
+        }
     }
 
     fn wait(&mut self, row: &Row, refusal: Refusal) {
@@ -344,7 +350,6 @@ impl<P: Publisher> Worker<P> {
 
     fn dead(&mut self, row: &Row, refusal: Refusal) {
         let attempts = row.attempts.saturating_add(1);
-        self.convicted.remove(&row.id);
         tracing::warn!(
             id = row.id,
             message_id = %row.message_id,
@@ -383,21 +388,7 @@ impl<P: Publisher> Worker<P> {
         let silent = rows.iter().zip(verdicts).filter(|(_, verdict)| silent(verdict));
         let (routes, now): (HashSet<&Arc<Route>>, _) =
             (silent.map(|(row, _)| &row.route).collect(), Instant::now());
-        for route in routes {
-            if self.silences.len() >= SILENT_ROUTES_MAX && !self.silences.contains_key(route) {
-                self.forget_longest_ago();
-            }
-            let silence = self.silences.entry(Arc::clone(route)).or_insert(Silence { count: 0, last: now });
-            *silence = Silence { count: silence.count + 1, last: now };
-        }
-    }
-
-    /// What became of a route is not learned here where its rows went to another replica, or to the prober.
-    fn forget_longest_ago(&mut self) {
-        let longest_ago = self.silences.iter().min_by_key(|(_, silence)| silence.last);
-        if let Some(route) = longest_ago.map(|(route, _)| Arc::clone(route)) {
-            self.silences.remove(&route);
-        }
+        routes.into_iter().for_each(|route| self.silences.count(route, now));
     }
 
     fn count(&self, fault: Fault) {

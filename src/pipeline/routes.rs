@@ -116,7 +116,7 @@ impl Routes {
         if was_parked || !state.parked() {
             return Parking::Unchanged;
         }
-        state.next_probe = now + backoff.delay(0);
+        state.next_probe = state.next_probe.max(now + backoff.delay(0));
         Parking::Parked
     }
 
@@ -141,6 +141,23 @@ impl Routes {
     pub fn probe_released(&mut self, route: &Route, now: Instant) {
         if let Some(state) = self.refusing.get_mut(route) {
             state.next_probe = now + self.probe.min.max(state.end_probe(now));
+        }
+    }
+
+    /// Its rows are read as all others, until it refuses some again: there are too many of them to find one to try, so it would
+    /// stay parked although it works. A probe is followed by the same rest as always.
+    pub fn unpark(&mut self, route: &Route, now: Instant) {
+        self.probe_released(route, now);
+        if let Some(state) = self.refusing.get_mut(route) {
+            state.refusals = 0;
+        }
+    }
+
+    /// All of them, but for those that are being tried.
+    pub fn unpark_all(&mut self, now: Instant) {
+        for state in self.refusing.values_mut().filter(|state| state.waits_for_probe()) {
+            state.refusals = 0;
+            state.next_probe = state.next_probe.max(now);
         }
     }
 
@@ -328,6 +345,29 @@ mod tests {
     }
 
     /// Whatever order the table of routes has.
+    #[test]
+    fn an_unparked_route_is_parked_by_further_refusals_and_rests_as_before() {
+        let (mut routes, route, now) = (
+            routes_of(Duration::from_millis(10), Duration::from_secs(60), 2000),
+            numbered(1),
+            Instant::now(),
+        );
+        park(&mut routes, &route, Fault::Unroutable, now);
+        assert!(routes.is_to_be_told(&route));
+        let tried = now + PROBE_MAX;
+        assert!(routes.take_due_probe(tried).is_some());
+        let failed = tried + Duration::from_secs(15);
+        routes.unpark(&route, failed);
+        assert!(routes.parked().is_empty() && routes.next_probe().is_none());
+        assert!(routes.refused_lately(&route), "its success is news");
+        park(&mut routes, &route, Fault::Unroutable, failed);
+        assert_eq!(routes.parked(), [Arc::clone(&route)]);
+        assert!(!routes.is_to_be_told(&route), "once");
+        assert_eq!(routes.next_probe(), Some(failed + Duration::from_secs(150)));
+        routes.unpark_all(failed);
+        assert!(routes.parked().is_empty());
+    }
+
     #[test]
     fn every_parked_route_is_probed_in_its_turn() {
         let (mut routes, mut now) =

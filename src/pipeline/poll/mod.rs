@@ -82,6 +82,8 @@ pub struct Poll<S> {
     releases: Releases,
     /// Size of rows seen lately; keeps answers near what fits into the free bytes.
     row_bytes: usize,
+    /// The mean of the last rows that came; 0 before any.
+    seen_row_bytes: usize,
     delays: Delays,
 }
 
@@ -180,6 +182,7 @@ impl<S: Store> Poll<S> {
             routes: Routes::new(settings),
             releases: Releases::default(),
             row_bytes: FIRST_ROW_BYTES,
+            seen_row_bytes: 0,
             delays: Delays::default(),
         }
     }
@@ -224,9 +227,8 @@ impl<S: Store> Poll<S> {
             if self.wait_until_reading_helps().await.is_err() {
                 return;
             }
-            let begun = Instant::now();
-            let found = match self.turn().await {
-                Ok(found) => found,
+            let (found, read_at) = match self.turn().await {
+                Ok(turn) => turn,
                 Err(error) => {
                     self.recover(&error).await;
                     continue;
@@ -245,12 +247,12 @@ impl<S: Store> Poll<S> {
             }
             pause = pause.min(self.longest_pause());
             let until_duty = self.next_duty().saturating_duration_since(Instant::now()).max(PAUSE_MIN);
-            let rest = pause.min(until_duty).max(SHORT_READ_REST.after(begun.elapsed()));
+            let rest = pause.min(until_duty).max(SHORT_READ_REST.after(read_at.elapsed()));
             if self.rest(rest).await == Rested::ShardsCame {
                 continue;
             }
             if found == Found::Nothing && self.watching.is_open() {
-                pause = self.watch_on(begun, pause).await;
+                pause = self.watch_on(read_at, pause).await;
             }
         }
     }
@@ -266,14 +268,16 @@ impl<S: Store> Poll<S> {
         self.sink.borrow().is_ready() && !self.leases().is_empty()
     }
 
-    /// One round of statements: what is due besides reading, then a read.
-    async fn turn(&mut self) -> Result<Found, StoreError> {
+    /// One round of statements: what is due besides reading, then a read, and when that began: what came before it, which
+    /// may take long, is followed by rests of its own.
+    async fn turn(&mut self) -> Result<(Found, Instant), StoreError> {
         self.release_a_bite().await?;
         self.probe().await?;
         self.close_gaps().await?;
+        let read_at = Instant::now();
         let found = self.read().await?;
         self.board.database_up(DatabaseUser::Poll);
-        Ok(found)
+        Ok((found, read_at))
     }
 
     /// Waits until rows may be read: the broker takes messages, some shard is ours, and enough places are free to be

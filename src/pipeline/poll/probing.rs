@@ -1,6 +1,7 @@
 //! Routes that refuse every message: one is tried now and then, and its waiting rows are due when it works again. None of
 //! it is worth that reading stops: what meets a lock of somebody's comes again later.
 
+use super::reading::LONG_READ;
 use super::{Poll, unless_lost};
 use crate::pipeline::releases::Bite;
 use crate::pipeline::routes::Parking;
@@ -78,6 +79,7 @@ impl<S: Store> Poll<S> {
         let in_flight = self.not_wanted(false);
         let leases = self.leases();
         let share = Share { shards: self.holdings.borrow().shards(), leases: &leases };
+        let begun = Instant::now();
         let probe = self.store.probe(&route, &in_flight, self.limits.keep_order, share);
         match unless_lost(self.pulse.beat_during(probe).await) {
             // The next one is another row.
@@ -92,8 +94,18 @@ impl<S: Store> Poll<S> {
             Ok(Some(None)) if leases.len() == self.holdings.borrow().leases().len() => {
                 self.routes.nothing_waits(&route);
             }
-            // Its rows may be in shards that are not read at this moment, or behind a lock.
-            Ok(Some(None) | None) => self.routes.probe_released(&route, Instant::now()),
+            // Its rows may be in shards that are not read at this moment.
+            Ok(Some(None)) => self.routes.probe_released(&route, Instant::now()),
+            // They may be behind a lock, or too many to find one among them in time.
+            Ok(None) if begun.elapsed() < LONG_READ => self.routes.probe_released(&route, Instant::now()),
+            Ok(None) => {
+                tracing::warn!(
+                    exchange = route.exchange,
+                    routing_key = route.routing_key,
+                    "no waiting row of a parked route could be found in time; reading those that are due"
+                );
+                self.routes.unpark(&route, Instant::now());
+            }
             Err(error) => {
                 self.routes.probe_released(&route, Instant::now());
                 return Err(error);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// Reads of fewer rows, because rows are large, leave out those of others: they would take the places.
 const TELLING_ROWS: usize = 100;
 /// A read that fails after so long did not fail for a lock (5 s) or for a connection that could not be made (10 s).
-const LONG_READ: Duration = Duration::from_secs(12);
+pub(super) const LONG_READ: Duration = Duration::from_secs(12);
 
 /// What a turn of the loop found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +59,7 @@ impl<S: Store> Poll<S> {
         let not_wanted = self.not_wanted(exact);
         let (rows, bytes) = self.free_places();
         let mut others = self.shards.pass_others(&self.holdings.borrow());
-        let tells_others = rows >= TELLING_ROWS.min(self.limits.read_rows);
+        let tells_others = self.may_tell_others();
         if !tells_others {
             others.clear();
         }
@@ -111,9 +111,19 @@ impl<S: Store> Poll<S> {
 
     /// So many rows and bytes are wanted.
     fn free_places(&self) -> (usize, usize) {
-        let bytes = self.limits.bytes.saturating_sub(self.bytes_in_flight);
-        let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
+        let (rows, bytes) = self.free();
         (rows.min((bytes / self.row_bytes).max(1)), bytes)
+    }
+
+    /// By the size of rows that came, not by what is assumed after reads that failed: telling is what shortens these.
+    fn may_tell_others(&self) -> bool {
+        let (rows, bytes) = self.free();
+        rows.min(bytes / self.seen_row_bytes.max(1)) >= TELLING_ROWS.min(self.limits.read_rows)
+    }
+
+    fn free(&self) -> (usize, usize) {
+        let rows = self.limits.read_rows.min(self.limits.rows - self.in_flight.len());
+        (rows, self.limits.bytes.saturating_sub(self.bytes_in_flight))
     }
 
     /// Puts a row off if earlier ones of its key are still on their way back: it is not asked for before they are.
@@ -175,6 +185,7 @@ impl<S: Store> Poll<S> {
             }
         } else {
             let mean = rows.iter().map(Row::bytes).sum::<usize>() / rows.len();
+            self.seen_row_bytes = mean;
             // Growing at once and shrinking slowly errs on the side of small answers.
             self.row_bytes = mean.max((self.row_bytes * 3 + mean) / 4).max(1);
         }
@@ -187,6 +198,8 @@ impl<S: Store> Poll<S> {
             return;
         }
         self.row_bytes = self.row_bytes.saturating_mul(4).min(self.limits.bytes);
+        // Rows that wait for parked routes may be what is walked over.
+        self.routes.unpark_all(Instant::now());
         if sweeping {
             self.sweep.read(took, true, true);
             tracing::warn!(
@@ -250,7 +263,22 @@ mod tests {
     use crate::config::Settings;
     use crate::ownership::Holdings;
     use crate::pipeline::poll::tests::stage_with;
+    use crate::store::Trouble;
     use crate::store::memory::plain_row;
+
+    #[tokio::test]
+    async fn rows_of_others_are_told_also_after_reads_that_failed() {
+        let mut stage = stage_with(&Settings::plain());
+        let error = StoreError { trouble: Trouble::Contention, sentence: "canceled".to_owned() };
+        let before = stage.poll.free_places().0;
+        for _ in 0..5 {
+            stage.poll.ask_for_less(&error, false, LONG_READ);
+        }
+        assert!(stage.poll.free_places().0 < TELLING_ROWS && before >= TELLING_ROWS);
+        assert!(stage.poll.may_tell_others());
+        stage.poll.remember_row_size(&[Row { payload: vec![0; 1_000_000].into(), ..plain_row(1) }], true);
+        assert!(!stage.poll.may_tell_others(), "rows are large: others' would take their places");
+    }
 
     /// Nothing moves it on before its key does, and what a read may answer with would be filled with it.
     #[tokio::test]

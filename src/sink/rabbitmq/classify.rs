@@ -202,7 +202,8 @@ mod tests {
         let error = close(AMQPSoftError::ACCESSREFUSED, "ACCESS_REFUSED - in words that nobody knows yet");
         let nobody_named = Evidence { named: false, ..TOGETHER };
         assert_eq!(fault_of_close(&error, blamed("orders", 1), nobody_named), Fault::Suspect);
-        assert_eq!(fault_of_close(&error, blamed("orders", 1), ALONE), Fault::Destination);
+        let found = Evidence { alone: true, ..nobody_named };
+        assert_eq!(fault_of_close(&error, blamed("orders", 1), found), Fault::Destination);
     }
 
     #[test]

@@ -151,7 +151,8 @@ fn kind(value: &Value) -> &'static str {
 fn excerpt(text: &str) -> String {
     let mut shown: String = text.chars().take(40).collect();
     if shown.len() < text.len() {
-        shown.push('…');
+        // In ASCII, as all that is stored: the database may know no other dots.
+        shown.push_str("...");
     }
     format!("{shown:?}")
 }

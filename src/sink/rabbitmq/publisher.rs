@@ -209,7 +209,7 @@ impl RabbitPublisher {
                 Answer::Nack => Err(refused_by_queue(row)),
                 Answer::NotSent(refusal) => Err(refusal),
                 Answer::Error(error) => Err(self.learn(&error, row, evidence)),
-                Answer::Lost => Err(Refusal::new(lost, "the channel was lost before the confirm")),
+                Answer::Lost => Err(Refusal::new(lost, "the connection was lost before the confirm")),
                 Answer::Silence => Err(Refusal::new(Fault::Silence, "no confirm from the broker in time")),
             };
             if verdict.is_ok() {

@@ -161,7 +161,7 @@ fn attempts(count: u32) -> i32 {
     i32::try_from(count).unwrap_or(i32::MAX)
 }
 
-/// Postgres stores no NUL in a text.
+/// Postgres stores no NUL in a text, and in other encodings than UTF-8 no replacement character.
 fn storable(reason: &str) -> String {
-    reason.replace('\0', "\u{fffd}")
+    reason.replace(['\0', char::REPLACEMENT_CHARACTER], "?")
 }
