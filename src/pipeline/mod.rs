@@ -48,6 +48,7 @@ pub mod routes;
 pub mod shards;
 
 // What a worker keeps in mind.
+pub mod gate;
 pub mod queue;
 pub mod silences;
 

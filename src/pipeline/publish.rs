@@ -6,6 +6,7 @@
 //! A crash here costs the rows in flight a second delivery, and nothing else: nothing is written
 //! before settle has the verdict.
 
+use super::gate::Gate;
 use super::queue::{Queue, Queued, Suspicion};
 use super::silences::Silences;
 use super::{End, Outcome, Work, hand_over};
@@ -42,6 +43,7 @@ pub struct Worker<P> {
     publisher: P,
     sink: watch::Receiver<SinkState>,
     permit: Permit,
+    gate: Gate,
     queue: Queue,
     policy: Policy,
     batch_rows: usize,
@@ -59,6 +61,22 @@ pub struct Worker<P> {
     metrics: Arc<Metrics>,
 }
 
+/// What a row had beside it.
+#[derive(Debug, Clone, Copy)]
+struct Company {
+    /// Its batch had no other.
+    one_row: bool,
+    /// Nor had other workers any on their way.
+    was_alone: bool,
+}
+
+impl Company {
+    /// A channel is the worker's own, a connection is shared.
+    fn is_proof_of(self, fault: Fault) -> bool {
+        if fault == Fault::Break { self.was_alone } else { self.one_row }
+    }
+}
+
 /// What a worker is connected to.
 pub struct Ends<P> {
     /// Rows from poll.
@@ -71,6 +89,8 @@ pub struct Ends<P> {
     pub sink: watch::Receiver<SinkState>,
     /// The right to send a row.
     pub permit: Permit,
+    /// Whether others send beside it.
+    pub gate: Gate,
 }
 
 impl<P: Publisher> Worker<P> {
@@ -89,6 +109,7 @@ impl<P: Publisher> Worker<P> {
             publisher: ends.publisher,
             sink: ends.sink,
             permit: ends.permit,
+            gate: ends.gate,
             queue: Queue::new(settings.ordering),
             policy: Policy::new(settings),
             batch_rows: settings.batch_size,
@@ -249,10 +270,10 @@ impl<P: Publisher> Worker<P> {
             self.hand_over_ended().await;
         }
         let sent_at = Instant::now();
-        let verdicts = self.pulse.beat_during(self.publisher.publish(&rows, &self.permit, &self.cut)).await;
+        let (verdicts, was_alone) = self.send(&rows, &suspicions).await;
         self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
         self.count_silences(&rows, &verdicts);
-        let alone = rows.len() == 1;
+        let company = Company { one_row: rows.len() == 1, was_alone };
         let first_reason =
             verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
         let (count, mut again) = (rows.len(), Vec::new());
@@ -261,7 +282,7 @@ impl<P: Publisher> Worker<P> {
                 Ok(()) => self.delivered(&row),
                 Err(refusal) => {
                     let queued = Queued { suspicion, ..row.into() };
-                    again.extend(self.refused(queued, refusal, alone));
+                    again.extend(self.refused(queued, refusal, company));
                 }
             }
         }
@@ -272,8 +293,20 @@ impl<P: Publisher> Worker<P> {
         first_reason.filter(|_| stuck)
     }
 
+    /// Sends a batch; the verdicts, and whether nobody else had anything on its way. That is asked for only where a row is
+    /// suspected to break connections.
+    async fn send(&mut self, rows: &[Row], suspicions: &[Suspicion]) -> (Vec<Verdict>, bool) {
+        let publishing = self.publisher.publish(rows, &self.permit, &self.cut);
+        match suspicions {
+            [Suspicion { breaks: BREAKS_SUSPECT.., .. }] => {
+                self.pulse.beat_during(self.gate.alone(publishing)).await
+            }
+            _ => (self.pulse.beat_during(self.gate.beside_others(publishing)).await, false),
+        }
+    }
+
     /// Acts on a refusal. Returns the row if it is to be sent again.
-    fn refused(&mut self, mut queued: Queued, refusal: Refusal, alone: bool) -> Option<Queued> {
+    fn refused(&mut self, mut queued: Queued, refusal: Refusal, company: Company) -> Option<Queued> {
         self.count(refusal.fault);
         if matches!(refusal.fault, Fault::Unroutable | Fault::Destination | Fault::Message) {
             // A refusal is an answer too.
@@ -282,7 +315,7 @@ impl<P: Publisher> Worker<P> {
         let history = History {
             attempts: queued.row.attempts,
             silences: self.silences.of(&queued.row.route),
-            strikes: queued.suspicion.strikes + u32::from(alone),
+            strikes: queued.suspicion.strikes + u32::from(company.is_proof_of(refusal.fault)),
             breaks: queued.suspicion.breaks + u32::from(refusal.fault == Fault::Break),
         };
         queued.suspicion.breaks = history.breaks;
