@@ -17,6 +17,9 @@ pub const STRIKES_BLAME_MESSAGE: u32 = 3;
 /// Connections that may break with a message on its way before it is sent alone. An outage breaks one, and ends the next
 /// time that there is a connection.
 pub const BREAKS_SUSPECT: u32 = 3;
+/// Connections that a message may break alone before it is blamed: with the pauses between them a minute, since a link may
+/// be so bad for a while that it breaks under large messages only.
+pub const BREAKS_BLAME_MESSAGE: u32 = 8;
 
 /// What the relay does with a row that was not delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,9 +93,10 @@ impl Policy {
                 Unroutable::Accept => Decision::Accept,
             },
             Fault::Silence | Fault::Destination => Decision::Wait,
-            Fault::Message | Fault::Break if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
+            Fault::Break if history.strikes < BREAKS_BLAME_MESSAGE => Decision::ResendAlone,
             // A server that dies of every message looks the same from here, so it is never fatal.
             Fault::Break => Decision::Wait,
+            Fault::Message if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
             Fault::Message if history.attempts + 1 < self.max_attempts => Decision::Wait,
             Fault::Message | Fault::Hopeless => Decision::Dead,
         }
@@ -138,6 +142,8 @@ pub const OUTAGE_BACKOFF: Backoff = Backoff { min: Duration::from_millis(50), ma
 /// Tries after a refused login, a missing schema: somebody has to act first.
 pub const CONFIGURATION_BACKOFF: Backoff =
     Backoff { min: Duration::from_secs(1), max: Duration::from_secs(15) };
+/// Tries of a message that breaks connections.
+pub const BREAK_BACKOFF: Backoff = Backoff { min: Duration::from_secs(1), max: Duration::from_secs(15) };
 /// Statements that lost a race.
 pub const CONTENTION_BACKOFF: Backoff =
     Backoff { min: Duration::from_millis(10), max: Duration::from_secs(1) };
@@ -210,9 +216,9 @@ mod tests {
         let decide = |breaks, strikes| {
             POLICY.decide(Fault::Break, History { attempts: 1000, silences: 0, strikes, breaks })
         };
-        assert_eq!(decide(BREAKS_SUSPECT - 1, STRIKES_BLAME_MESSAGE), Decision::Resend);
-        assert_eq!(decide(BREAKS_SUSPECT, STRIKES_BLAME_MESSAGE - 1), Decision::ResendAlone);
-        assert_eq!(decide(BREAKS_SUSPECT, STRIKES_BLAME_MESSAGE), Decision::Wait);
+        assert_eq!(decide(BREAKS_SUSPECT - 1, BREAKS_BLAME_MESSAGE), Decision::Resend);
+        assert_eq!(decide(BREAKS_SUSPECT, BREAKS_BLAME_MESSAGE - 1), Decision::ResendAlone);
+        assert_eq!(decide(BREAKS_SUSPECT, BREAKS_BLAME_MESSAGE), Decision::Wait);
     }
 
     #[test]

@@ -13,7 +13,9 @@ use super::{End, Outcome, Work, hand_over};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
-use crate::retry::{BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy, STRIKES_BLAME_MESSAGE};
+use crate::retry::{
+    BREAK_BACKOFF, BREAKS_BLAME_MESSAGE, BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy,
+};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
 use crate::telemetry::{Instruments, Metrics, Pulse};
@@ -21,6 +23,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
+use tokio::time::error::Elapsed;
 use tokio_util::sync::CancellationToken;
 
 /// Rows at most that are remembered for what they did to connections.
@@ -29,7 +32,7 @@ const CONVICTED_MAX: usize = 1024;
 const CONVICTED_REST: Duration = Duration::from_secs(30);
 /// What is known of such a row when it comes again: one more and it waits.
 const CONVICTED: Suspicion =
-    Suspicion { alone: true, strikes: STRIKES_BLAME_MESSAGE - 1, breaks: BREAKS_SUSPECT };
+    Suspicion { alone: true, strikes: BREAKS_BLAME_MESSAGE - 1, breaks: BREAKS_SUSPECT };
 
 /// How long a worker has, after the grace period, to hand over the answers it has.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -179,13 +182,25 @@ impl<P: Publisher> Worker<P> {
                 self.accept(work);
             }
             self.hand_over_ended().await;
+            self.queue.wake(Instant::now());
             if !self.queue.is_empty() {
                 return true;
             }
-            match self.pulse.beat_during(self.input.recv()).await {
-                Some(work) => self.accept(work),
-                None => return false,
+            match self.receive().await {
+                Ok(Some(work)) => self.accept(work),
+                // What is suspended stays pending.
+                Ok(None) => return false,
+                Err(_) => {}
             }
+        }
+    }
+
+    /// What comes next, unless something that was suspended may go on before.
+    async fn receive(&mut self) -> Result<Option<Work>, Elapsed> {
+        let work = self.input.recv();
+        match self.queue.next_wake() {
+            None => Ok(self.pulse.beat_during(work).await),
+            Some(at) => self.pulse.beat_during(tokio::time::timeout_at(at.into(), work)).await,
         }
     }
 
@@ -282,7 +297,11 @@ impl<P: Publisher> Worker<P> {
                 Ok(()) => self.delivered(&row),
                 Err(refusal) => {
                     let queued = Queued { suspicion, ..row.into() };
-                    again.extend(self.refused(queued, refusal, company));
+                    let broke_alone = company.was_alone && refusal.fault == Fault::Break;
+                    match self.refused(queued, refusal, company) {
+                        Some(queued) if broke_alone => self.suspend(queued),
+                        queued => again.extend(queued),
+                    }
                 }
             }
         }
@@ -291,6 +310,14 @@ impl<P: Publisher> Worker<P> {
         self.release(given_back);
         self.hand_over_ended().await;
         first_reason.filter(|_| stuck)
+    }
+
+    /// The others go on meanwhile.
+    fn suspend(&mut self, queued: Queued) {
+        let pause = BREAK_BACKOFF.delay(queued.suspicion.strikes.saturating_sub(1));
+        if let Some(row) = self.queue.suspend(queued, Instant::now() + pause) {
+            self.give_back_unsent(&row);
+        }
     }
 
     /// Sends a batch; the verdicts, and whether nobody else had anything on its way. That is asked for only where a row is

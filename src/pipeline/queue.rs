@@ -7,6 +7,10 @@ use crate::config::Ordering;
 use crate::store::Row;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Between two rows that were suspended: each may cost the connection.
+const WAKE_REST: Duration = Duration::from_secs(1);
 
 /// A row with what its worker remembers about it.
 #[derive(Debug)]
@@ -45,7 +49,12 @@ pub struct Queue {
     unkeyed: VecDeque<Queued>,
     /// Keys with refused rows whose wait is not committed yet, and how many.
     held: HashMap<Arc<str>, u32>,
-    rows: usize,
+    /// Keys that have rows and no turn before this.
+    suspended: HashMap<Arc<str>, Instant>,
+    /// The same of rows without a key.
+    suspended_unkeyed: Vec<(Instant, Queued)>,
+    /// What was suspended goes on one by one.
+    next_wake: Option<Instant>,
     /// Whose turn it is to begin a batch, so that neither keyed nor unkeyed rows starve.
     unkeyed_first: bool,
 }
@@ -64,7 +73,9 @@ impl Queue {
             turns: VecDeque::new(),
             unkeyed: VecDeque::new(),
             held: HashMap::new(),
-            rows: 0,
+            suspended: HashMap::new(),
+            suspended_unkeyed: Vec::new(),
+            next_wake: None,
             unkeyed_first: false,
         }
     }
@@ -74,9 +85,9 @@ impl Queue {
         self.keyed.contains_key(key) || self.held.contains_key(key)
     }
 
-    /// No row is waiting.
+    /// No row can be taken now.
     pub fn is_empty(&self) -> bool {
-        self.rows == 0
+        self.turns.is_empty() && self.unkeyed.is_empty()
     }
 
     /// Appends a row, or gives it back because its key is held.
@@ -84,14 +95,12 @@ impl Queue {
     pub fn push(&mut self, queued: Queued) -> Option<Row> {
         let Some(key) = key_of(self.ordering, &queued.row).cloned() else {
             self.unkeyed.push_back(queued);
-            self.rows += 1;
             return None;
         };
         if self.held.contains_key(&key) {
             return Some(*queued.row);
         }
         self.key_queue(key).push_back(queued);
-        self.rows += 1;
         None
     }
 
@@ -102,17 +111,53 @@ impl Queue {
         for queued in rows.into_iter().rev() {
             let Some(key) = key_of(self.ordering, &queued.row).cloned() else {
                 self.unkeyed.push_front(queued);
-                self.rows += 1;
                 continue;
             };
             if self.held.contains_key(&key) {
                 given_back.push(*queued.row);
             } else {
                 self.key_queue(key).push_front(queued);
-                self.rows += 1;
             }
         }
         given_back
+    }
+
+    /// Puts a row back in front, not to be sent before this, nor what comes after it in its key. Given back if its key was
+    /// held meanwhile.
+    #[must_use]
+    pub fn suspend(&mut self, queued: Queued, until: Instant) -> Option<Row> {
+        let Some(key) = key_of(self.ordering, &queued.row).cloned() else {
+            self.suspended_unkeyed.push((until, queued));
+            return None;
+        };
+        if self.held.contains_key(&key) {
+            return Some(*queued.row);
+        }
+        self.turns.retain(|turn| *turn != key);
+        self.keyed.entry(Arc::clone(&key)).or_default().push_front(queued);
+        self.suspended.insert(key, until);
+        None
+    }
+
+    /// When the next of what was suspended may go on.
+    pub fn next_wake(&self) -> Option<Instant> {
+        let untils = self.suspended.values().chain(self.suspended_unkeyed.iter().map(|(until, _)| until));
+        untils.min().map(|until| self.next_wake.map_or(*until, |next| next.max(*until)))
+    }
+
+    /// Gives one row that was suspended its turn, if it is time.
+    pub fn wake(&mut self, now: Instant) {
+        if self.next_wake().is_none_or(|at| now < at) {
+            return;
+        }
+        self.next_wake = Some(now + WAKE_REST);
+        let due = self.suspended.iter().find(|(_, until)| **until <= now).map(|(key, _)| Arc::clone(key));
+        if let Some(key) = due {
+            self.suspended.remove(&key);
+            self.turns.push_back(key);
+        } else if let Some(place) = self.suspended_unkeyed.iter().position(|(until, _)| *until <= now) {
+            self.unkeyed.push_front(self.suspended_unkeyed.swap_remove(place).1);
+        }
     }
 
     /// This row goes back to the table: holds its key, if keys order anything, and gives back the rows of it.
@@ -120,9 +165,9 @@ impl Queue {
         let Some(key) = key_of(self.ordering, row) else { return Vec::new() };
         *self.held.entry(Arc::clone(key)).or_default() += 1;
         let rows = self.keyed.remove(key).unwrap_or_default();
+        self.suspended.remove(key);
         if !rows.is_empty() {
             self.turns.retain(|turn| turn != key);
-            self.rows -= rows.len();
         }
         rows.into_iter().map(|queued| *queued.row).collect()
     }
@@ -149,7 +194,6 @@ impl Queue {
             batch.take_from(&mut self.unkeyed, usize::MAX);
         }
         self.unkeyed_first = !self.unkeyed_first;
-        self.rows -= batch.rows.len();
         batch.rows
     }
 
@@ -213,6 +257,38 @@ mod tests {
     use crate::store::memory::plain_row;
     use proptest::prelude::*;
 
+    /// And its key with it; other keys and rows go on.
+    #[test]
+    fn a_suspended_row_is_first_of_its_key_when_its_time_has_come() {
+        let (mut queue, now) = (Queue::new(Ordering::Strict), Instant::now());
+        let later = now + Duration::from_secs(5);
+        let keyed = |id| Row { ordering_key: Some("k".into()), ..plain_row(id) };
+        let next = |queue: &mut Queue| ids(&queue.next_batch(10, usize::MAX));
+        assert!(queue.suspend(keyed(1).into(), later).is_none() && queue.is_empty());
+        assert!(queue.push(keyed(2).into()).is_none() && queue.push(plain_row(3).into()).is_none());
+        assert!(queue.suspend(plain_row(4).into(), later).is_none());
+        assert_eq!(next(&mut queue), [3]);
+        queue.wake(now);
+        assert!(queue.is_empty() && queue.next_wake() == Some(later));
+        queue.wake(later);
+        assert_eq!(next(&mut queue), [1]);
+        assert_eq!(next(&mut queue), [2]);
+        assert_eq!(queue.next_wake(), Some(later + WAKE_REST), "one by one");
+        queue.wake(later + WAKE_REST);
+        assert_eq!(next(&mut queue), [4]);
+        assert!(queue.is_empty() && queue.next_wake().is_none());
+    }
+
+    #[test]
+    fn a_suspended_row_goes_back_with_its_key() {
+        let (mut queue, now) = (Queue::new(Ordering::Strict), Instant::now());
+        let keyed = |id| Row { ordering_key: Some("k".into()), ..plain_row(id) };
+        assert!(queue.suspend(keyed(1).into(), now).is_none());
+        assert_eq!(queue.hold_key_of(&keyed(0)).len(), 1);
+        assert!(queue.next_wake().is_none());
+        assert!(queue.suspend(keyed(2).into(), now).is_some(), "its key is held");
+    }
+
     fn row(id: i64, key: Option<&str>) -> Row {
         Row { ordering_key: key.map(Into::into), ..plain_row(id) }
     }
@@ -261,7 +337,12 @@ mod tests {
         assert!(queue.push(row(7, Some("b")).into()).is_none());
         queue.resume(&key);
         assert!(queue.push(row(8, Some("a")).into()).is_none());
-        assert_eq!(queue.rows, 5);
+        let (mut left, first) = (Vec::new(), queue.next_batch(10, 1 << 20));
+        left.extend(ids(&first));
+        left.extend(ids(&queue.next_batch(10, 1 << 20)));
+        left.sort_unstable();
+        assert_eq!(left, [3, 4, 5, 7, 8]);
+        assert!(queue.is_empty());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! is kept for a while. An exchange that has refused a publish is tried again with one message alone.
 
 use super::breaks::Breaks;
-use super::classify::{reply_code, sentence};
+use super::classify::{is_forced, reply_code, sentence};
 use super::connection::BrokerConnection;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
@@ -140,7 +140,10 @@ impl Exchanges {
             None => self.channel.insert(connection.create_channel().await?),
         };
         let answer = declare_passively(channel, exchange).await;
-        if answer.is_err() && !connection.status().connected() {
+        if let Err(error) = &answer
+            && !connection.status().connected()
+            && !is_forced(error)
+        {
             self.breaks.note(exchange, connection);
         }
         answer
