@@ -9,7 +9,6 @@ use crate::config::Settings;
 use crate::housekeeping;
 use crate::http;
 use crate::ownership::{self, Holdings, Keeper, Permit};
-use crate::pipeline::gate::Gate;
 use crate::pipeline::{Poll, Settle, Worker, poll, publish, settle, settle::Unwritten};
 use crate::sink::Sink;
 use crate::store::{Lease, LeaseTable, Store};
@@ -135,7 +134,7 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
         let (outcomes, outcomes_in) = mpsc::channel(places);
         let (settled, settled_in) = mpsc::channel(places);
         let mut stages = JoinSet::new();
-        let (mut workers, gate) = (Vec::new(), Gate::default());
+        let mut workers = Vec::new();
         // One more than the settings say: the last takes probes of parked routes.
         for _ in 0..=self.settings.workers {
             let (work, work_in) = mpsc::channel(places);
@@ -144,9 +143,9 @@ impl<S: Store + LeaseTable, K: Sink> Relay<S, K> {
                 input: work_in,
                 output: outcomes.clone(),
                 publisher: self.sink.publisher(),
+                apart: self.sink.publisher_apart(),
                 sink: self.sink.state(),
                 permit: Permit::new(self.holdings.subscribe()),
-                gate: gate.clone(),
             };
             let instruments = self.telemetry.of("publish");
             let worker = Worker::new(ends, &self.settings, stopping.clone(), cut.clone(), instruments);

@@ -14,12 +14,12 @@ pub const SILENCES_BLAME_ROUTE: u32 = 3;
 /// Times a message may be the only one on a channel that closes before it is blamed. More than
 /// one, because a connection that breaks hits the innocent too.
 pub const STRIKES_BLAME_MESSAGE: u32 = 3;
-/// Connections that may break with a message on its way before it is sent alone. An outage breaks one, and ends the next
-/// time that there is a connection.
+/// Connections that may break with a message on its way before it has one of its own. An outage breaks one, and ends the
+/// next time that there is a connection.
 pub const BREAKS_SUSPECT: u32 = 3;
-/// Connections that a message may break alone before it is blamed: with the pauses between them a minute, since a link may
-/// be so bad for a while that it breaks under large messages only.
-pub const BREAKS_BLAME_MESSAGE: u32 = 8;
+/// Connections of its own that a message, or a question for an exchange, may break before it is blamed: with the pauses
+/// between them a minute, since a link may be so bad for a while that it breaks under large messages only.
+pub const BREAKS_BLAME: u32 = 8;
 
 /// What the relay does with a row that was not delivered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub enum Decision {
     Resend,
     /// The same, but in a batch of its own, to find a culprit.
     ResendAlone,
+    /// And on a connection of its own.
+    ResendApart,
     /// Count an attempt and let it wait in the table.
     Wait,
     /// Never send it again.
@@ -58,9 +60,9 @@ pub struct History {
     pub attempts: u32,
     /// Confirm time-outs in a row on its route, this one included.
     pub silences: u32,
-    /// Times it was alone on a channel that closed, this one included.
+    /// Times it was alone when it was refused in words that name nobody, this one included.
     pub strikes: u32,
-    /// Connections that broke with it on its way, this one included.
+    /// Connections that broke with it on its way, or could not be had for it alone, this one included.
     pub breaks: u32,
 }
 
@@ -82,8 +84,13 @@ impl Policy {
                 Decision::Dead
             }
             Fault::Outage | Fault::Unknown | Fault::Break if mutant!("count-outages") => Decision::Wait,
+            Fault::Outage | Fault::Break | Fault::Risk if history.breaks >= BREAKS_SUSPECT + BREAKS_BLAME => {
+                // A server that dies of every message looks the same from here, so it is never fatal.
+                Decision::Wait
+            }
             Fault::Outage | Fault::Unknown => Decision::Resend,
             Fault::Break if history.breaks < BREAKS_SUSPECT => Decision::Resend,
+            Fault::Break | Fault::Risk => Decision::ResendApart,
             Fault::Fenced => Decision::GiveBack,
             Fault::Silence if history.silences < SILENCES_BLAME_ROUTE => Decision::Resend,
             Fault::Suspect => Decision::ResendAlone,
@@ -93,9 +100,6 @@ impl Policy {
                 Unroutable::Accept => Decision::Accept,
             },
             Fault::Silence | Fault::Destination => Decision::Wait,
-            Fault::Break if history.strikes < BREAKS_BLAME_MESSAGE => Decision::ResendAlone,
-            // A server that dies of every message looks the same from here, so it is never fatal.
-            Fault::Break => Decision::Wait,
             Fault::Message if history.strikes < STRIKES_BLAME_MESSAGE => Decision::ResendAlone,
             Fault::Message if history.attempts + 1 < self.max_attempts => Decision::Wait,
             Fault::Message | Fault::Hopeless => Decision::Dead,
@@ -212,13 +216,17 @@ mod tests {
     }
 
     #[test]
-    fn what_breaks_connections_is_sent_alone_and_then_waits_and_is_never_dead() {
-        let decide = |breaks, strikes| {
-            POLICY.decide(Fault::Break, History { attempts: 1000, silences: 0, strikes, breaks })
-        };
-        assert_eq!(decide(BREAKS_SUSPECT - 1, BREAKS_BLAME_MESSAGE), Decision::Resend);
-        assert_eq!(decide(BREAKS_SUSPECT, BREAKS_BLAME_MESSAGE - 1), Decision::ResendAlone);
-        assert_eq!(decide(BREAKS_SUSPECT, BREAKS_BLAME_MESSAGE), Decision::Wait);
+    fn what_breaks_connections_is_sent_apart_and_then_waits_and_is_never_dead() {
+        let decide = |breaks| POLICY.decide(Fault::Break, History { breaks, ..after(1000) });
+        assert_eq!(decide(BREAKS_SUSPECT - 1), Decision::Resend);
+        assert_eq!(decide(BREAKS_SUSPECT), Decision::ResendApart);
+        assert_eq!(decide(BREAKS_SUSPECT + BREAKS_BLAME - 1), Decision::ResendApart);
+        assert_eq!(decide(BREAKS_SUSPECT + BREAKS_BLAME), Decision::Wait);
+        // The shared connection is there meanwhile, so it is no outage.
+        let for_nothing = History { breaks: BREAKS_SUSPECT + BREAKS_BLAME, ..after(0) };
+        assert_eq!(POLICY.decide(Fault::Outage, for_nothing), Decision::Wait);
+        let pauses = (0..BREAKS_BLAME - 1).map(|before| BREAK_BACKOFF.delay(before));
+        assert!(pauses.sum::<Duration>() >= Duration::from_secs(60), "a link may be bad for so long");
     }
 
     #[test]

@@ -48,9 +48,8 @@ pub mod routes;
 pub mod shards;
 
 // What a worker keeps in mind.
-pub mod gate;
 pub mod queue;
-pub mod silences;
+pub mod troubled;
 
 pub use poll::Poll;
 pub use publish::Worker;
@@ -75,6 +74,8 @@ fn worth_a_statement(max_in_flight: usize) -> usize {
 pub enum Work {
     /// Publish these; of each key in order.
     Publish(Vec<Row>),
+    /// Publish this on a connection of its own: others of its route have broken theirs.
+    TryApart(Box<Row>),
     /// This key may go on: its refused row is in the table and holds it back there, or all of its rows are back there.
     Resume(Arc<str>),
 }

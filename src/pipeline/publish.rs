@@ -6,16 +6,13 @@
 //! A crash here costs the rows in flight a second delivery, and nothing else: nothing is written
 //! before settle has the verdict.
 
-use super::gate::Gate;
-use super::queue::{Queue, Queued, Suspicion};
-use super::silences::Silences;
+use super::queue::{Queue, Queued, Room, Suspension, Suspicion};
+use super::troubled::{Sending, Troubled};
 use super::{End, Outcome, Work, hand_over};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
-use crate::retry::{
-    BREAK_BACKOFF, BREAKS_BLAME_MESSAGE, BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy,
-};
+use crate::retry::{BREAK_BACKOFF, BREAKS_BLAME, BREAKS_SUSPECT, Decision, History, OUTAGE_BACKOFF, Policy};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
 use crate::telemetry::{Instruments, Metrics, Pulse};
@@ -26,16 +23,25 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::error::Elapsed;
 use tokio_util::sync::CancellationToken;
 
-/// Rows at most that are remembered for what they did to connections.
-const CONVICTED_MAX: usize = 1024;
-/// They are tried no more often.
-const CONVICTED_REST: Duration = Duration::from_secs(30);
-/// What is known of such a row when it comes again: one more and it waits.
-const CONVICTED: Suspicion =
-    Suspicion { alone: true, strikes: BREAKS_BLAME_MESSAGE - 1, breaks: BREAKS_SUSPECT };
+/// Rows at most that are remembered for what they did to connections; for another, one is forgotten.
+const BLAMED_MAX: usize = 1024;
+/// After a message sent apart that came to nothing: a server that breaks all connections is not to be stormed.
+const APART_REST: Duration = Duration::from_millis(50);
+/// The part of all places that may be taken by what is suspended, and by what is behind it.
+const SUSPENDED_PART: usize = 2;
 
 /// How long a worker has, after the grace period, to hand over the answers it has.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// For a row of which is known what it does to connections: one more and it waits.
+fn one_try(now: Instant) -> Suspicion {
+    Suspicion::apart(now, BREAKS_BLAME - 1)
+}
+
+/// It says something of the connection that a row had for itself.
+fn is_for_its_connection(fault: Fault) -> bool {
+    matches!(fault, Fault::Break | Fault::Risk | Fault::Outage)
+}
 
 /// One publishing worker.
 pub struct Worker<P> {
@@ -44,18 +50,19 @@ pub struct Worker<P> {
     /// Rows that have come to their end and were not handed over yet.
     ended: Vec<Outcome>,
     publisher: P,
+    apart: P,
     sink: watch::Receiver<SinkState>,
     permit: Permit,
-    gate: Gate,
     queue: Queue,
+    /// This worker's part of the places for what is suspended.
+    suspended: Room,
     policy: Policy,
     batch_rows: usize,
     batch_bytes: usize,
-    /// Confirm time-outs in a row, by route.
-    silences: Silences,
-    /// Rows that were blamed for broken connections: they are sent alone, and break no more than one when they are tried again.
-    convicted: HashSet<i64>,
-    next_convicted: Instant,
+    /// Routes that give no answers or break connections.
+    troubled: Troubled,
+    /// Rows that were blamed for broken connections: they break no more than one when they are tried again.
+    blamed: HashSet<i64>,
     /// The relay is stopping: do not wait for a broker that is away.
     stopping: CancellationToken,
     /// The grace period is over: leave everything that has no answer.
@@ -64,36 +71,20 @@ pub struct Worker<P> {
     metrics: Arc<Metrics>,
 }
 
-/// What a row had beside it.
-#[derive(Debug, Clone, Copy)]
-struct Company {
-    /// Its batch had no other.
-    one_row: bool,
-    /// Nor had other workers any on their way.
-    was_alone: bool,
-}
-
-impl Company {
-    /// A channel is the worker's own, a connection is shared.
-    fn is_proof_of(self, fault: Fault) -> bool {
-        if fault == Fault::Break { self.was_alone } else { self.one_row }
-    }
-}
-
 /// What a worker is connected to.
 pub struct Ends<P> {
     /// Rows from poll.
     pub input: mpsc::Receiver<Work>,
     /// Outcomes to settle.
     pub output: mpsc::Sender<Vec<Outcome>>,
-    /// The worker's own way to the broker.
+    /// The worker's own channel to the broker.
     pub publisher: P,
+    /// The same on a connection that nobody else uses, for what may break it.
+    pub apart: P,
     /// Whether the broker can be used.
     pub sink: watch::Receiver<SinkState>,
     /// The right to send a row.
     pub permit: Permit,
-    /// Whether others send beside it.
-    pub gate: Gate,
 }
 
 impl<P: Publisher> Worker<P> {
@@ -111,15 +102,18 @@ impl<P: Publisher> Worker<P> {
             ended: Vec::new(),
             publisher: ends.publisher,
             sink: ends.sink,
+            apart: ends.apart,
             permit: ends.permit,
-            gate: ends.gate,
             queue: Queue::new(settings.ordering),
+            suspended: Room {
+                rows: (settings.max_in_flight / settings.workers / SUSPENDED_PART).max(1),
+                bytes: settings.max_in_flight_bytes / settings.workers / SUSPENDED_PART,
+            },
             policy: Policy::new(settings),
             batch_rows: settings.batch_size,
             batch_bytes: settings.max_in_flight_bytes / settings.workers,
-            silences: Silences::default(),
-            convicted: HashSet::new(),
-            next_convicted: Instant::now(),
+            troubled: Troubled::default(),
+            blamed: HashSet::new(),
             stopping,
             cut,
             pulse: instruments.pulse,
@@ -155,11 +149,15 @@ impl<P: Publisher> Worker<P> {
                 return;
             }
             let batch = self.queue.next_batch(self.batch_rows, self.batch_bytes);
-            let stuck = self.publish(batch).await;
+            let Some(batch) = self.unless_in_vain(batch) else { continue };
+            let apart = batch.iter().any(|queued| queued.suspicion.is_apart());
+            let stuck = self.publish(batch, apart).await;
             if self.cut.is_cancelled() {
                 return;
             }
             match stuck {
+                // It says nothing of the connection of all, and has pauses of its own.
+                _ if apart => {}
                 None => stuck_batches = 0,
                 // The sink calls itself ready and nothing goes through: do not spin.
                 Some(reason) => {
@@ -181,8 +179,11 @@ impl<P: Publisher> Worker<P> {
             while let Ok(work) = self.input.try_recv() {
                 self.accept(work);
             }
+            self.end_crowding();
             self.hand_over_ended().await;
-            self.queue.wake(Instant::now());
+            if !self.stopping.is_cancelled() {
+                self.queue.wake(Instant::now());
+            }
             if !self.queue.is_empty() {
                 return true;
             }
@@ -198,7 +199,7 @@ impl<P: Publisher> Worker<P> {
     /// What comes next, unless something that was suspended may go on before.
     async fn receive(&mut self) -> Result<Option<Work>, Elapsed> {
         let work = self.input.recv();
-        match self.queue.next_wake() {
+        match self.queue.next_wake().filter(|_| !self.stopping.is_cancelled()) {
             None => Ok(self.pulse.beat_during(work).await),
             Some(at) => self.pulse.beat_during(tokio::time::timeout_at(at.into(), work)).await,
         }
@@ -207,39 +208,33 @@ impl<P: Publisher> Worker<P> {
     fn accept(&mut self, work: Work) {
         match work {
             Work::Resume(key) => self.queue.resume(&key),
-            Work::Publish(rows) => rows.into_iter().for_each(|row| self.accept_row(row)),
+            Work::Publish(rows) => {
+                let now = Instant::now();
+                rows.into_iter().for_each(|row| self.accept_row(row, now));
+            }
+            Work::TryApart(row) => {
+                // The log has its route.
+                self.remember_blamed(row.id);
+                self.push(*row, one_try(Instant::now()));
+            }
         }
     }
 
-    fn accept_row(&mut self, row: Row) {
-        if self.silences.is_silent(&row.route) {
-            return self.accept_for_silent_route(row);
+    fn accept_row(&mut self, row: Row, now: Instant) {
+        let sending = match !self.blamed.is_empty() && self.blamed.contains(&row.id) {
+            true => Sending::Alone(one_try(now)),
+            false => self.troubled.sending(&row, now),
+        };
+        match sending {
+            Sending::Together => self.push(row, Suspicion::default()),
+            Sending::Alone(suspicion) => self.push(row, suspicion),
+            Sending::NotNow(refusal) if self.is_behind_others(&row) => {
+                let lethal = refusal.fault == Fault::Break;
+                let silent = Suspicion { alone: Some(now), ..Suspicion::default() };
+                self.push(row, if lethal { one_try(now) } else { silent });
+            }
+            Sending::NotNow(refusal) => self.wait(&row, refusal),
         }
-        if !self.convicted.is_empty() && self.convicted.contains(&row.id) {
-            return self.accept_convicted(row);
-        }
-        self.push_suspect(row, Suspicion::default());
-    }
-
-    /// A route that gives no answers costs a whole confirm time-out each time. New rows wait without being sent;
-    /// one that has waited is a probe, and goes alone.
-    fn accept_for_silent_route(&mut self, row: Row) {
-        if row.attempts == 0 && !self.is_behind_others(&row) {
-            let reason = "not sent: this route has given no confirms lately";
-            return self.wait(&row, Refusal::new(Fault::Silence, reason));
-        }
-        self.push_suspect(row, Suspicion { alone: true, ..Suspicion::default() });
-    }
-
-    /// However many such rows there are, they break a connection now and then only.
-    fn accept_convicted(&mut self, row: Row) {
-        let now = Instant::now();
-        if now < self.next_convicted && !self.is_behind_others(&row) {
-            let reason = "not sent: connections have broken each time it was on its way";
-            return self.wait(&row, Refusal::new(Fault::Break, reason));
-        }
-        self.next_convicted = now + CONVICTED_REST;
-        self.push_suspect(row, CONVICTED);
     }
 
     /// Only the first row of a key may be refused: one that had waited would be tried before those before it.
@@ -247,9 +242,16 @@ impl<P: Publisher> Worker<P> {
         row.ordering_key.as_ref().is_some_and(|key| self.queue.is_busy_with(key))
     }
 
-    fn push_suspect(&mut self, row: Row, suspicion: Suspicion) {
+    fn push(&mut self, row: Row, suspicion: Suspicion) {
         if let Some(row) = self.queue.push(Queued { suspicion, ..row.into() }) {
             self.give_back_unsent(&row);
+        }
+    }
+
+    /// What is suspended waits in memory as long as that is no burden to others, and then in the table.
+    fn end_crowding(&mut self) {
+        while let Some((row, refusal)) = self.queue.take_crowding(self.suspended) {
+            self.put_off(&row, refusal);
         }
     }
 
@@ -274,8 +276,19 @@ impl<P: Publisher> Worker<P> {
             .await
     }
 
+    /// A row that was to be sent alone waits if its route has shown meanwhile that this is in vain: many may have come together.
+    fn unless_in_vain(&mut self, batch: Vec<Queued>) -> Option<Vec<Queued>> {
+        if let [Queued { row, suspicion: Suspicion { alone: Some(since), .. } }] = batch.as_slice()
+            && let Some(refusal) = self.troubled.is_in_vain(&row.route, *since)
+        {
+            self.wait(row, refusal);
+            return None;
+        }
+        Some(batch)
+    }
+
     /// Sends one batch. If no row at all has come to an end, says why.
-    async fn publish(&mut self, batch: Vec<Queued>) -> Option<String> {
+    async fn publish(&mut self, batch: Vec<Queued>, apart: bool) -> Option<String> {
         let (rows, suspicions): (Vec<Row>, Vec<Suspicion>) =
             batch.into_iter().map(|queued| (*queued.row, queued.suspicion)).unzip();
         if mutant!("mark-before-confirm") {
@@ -284,104 +297,147 @@ impl<P: Publisher> Worker<P> {
             }
             self.hand_over_ended().await;
         }
-        let sent_at = Instant::now();
-        let (verdicts, was_alone) = self.send(&rows, &suspicions).await;
-        self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
+        let verdicts = self.send(&rows, apart).await;
         self.count_silences(&rows, &verdicts);
-        let company = Company { one_row: rows.len() == 1, was_alone };
         let first_reason =
             verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
         let (count, mut again) = (rows.len(), Vec::new());
+        let in_vain = verdicts.iter().all(Result::is_err);
         for ((row, verdict), suspicion) in rows.into_iter().zip(verdicts).zip(suspicions) {
             match verdict {
-                Ok(()) => self.delivered(&row),
-                Err(refusal) => {
-                    let queued = Queued { suspicion, ..row.into() };
-                    let broke_alone = company.was_alone && refusal.fault == Fault::Break;
-                    match self.refused(queued, refusal, company) {
-                        Some(queued) if broke_alone => self.suspend(queued),
-                        queued => again.extend(queued),
+                Ok(()) => {
+                    if apart {
+                        self.queue.trust(&row.route);
                     }
+                    self.delivered(&row);
                 }
+                Err(refusal) => again.extend(self.refused(Queued { suspicion, ..row.into() }, refusal)),
             }
         }
-        let stuck = again.len() == count;
-        let given_back = self.queue.put_back(again);
+        // What is at risk goes another way the next time.
+        let stuck = again.len() == count && again.iter().all(|(_, refusal)| refusal.fault != Fault::Risk);
+        if apart {
+            let came_to_nothing = |fault| fault == Fault::Unknown || is_for_its_connection(fault);
+            let suspended = again.extract_if(.., |(_, refusal)| came_to_nothing(refusal.fault));
+            let suspended: Vec<_> = suspended.collect();
+            suspended.into_iter().for_each(|(queued, refusal)| self.suspend(queued, refusal));
+        }
+        let given_back = self.queue.put_back(again.into_iter().map(|(queued, _)| queued).collect());
         self.release(given_back);
         self.hand_over_ended().await;
+        if apart && in_vain {
+            self.pulse.beat_during(tokio::time::sleep(APART_REST)).await;
+        }
         first_reason.filter(|_| stuck)
     }
 
-    /// The others go on meanwhile.
-    fn suspend(&mut self, queued: Queued) {
-        let pause = BREAK_BACKOFF.delay(queued.suspicion.strikes.saturating_sub(1));
-        if let Some(row) = self.queue.suspend(queued, Instant::now() + pause) {
+    async fn send(&mut self, rows: &[Row], apart: bool) -> Vec<Verdict> {
+        let publisher = if apart { &mut self.apart } else { &mut self.publisher };
+        let sent_at = Instant::now();
+        let verdicts = self.pulse.beat_during(publisher.publish(rows, &self.permit, &self.cut)).await;
+        // A connection of its own may have been opened first.
+        if !apart {
+            self.metrics.confirm_seconds.observe(sent_at.elapsed().as_secs_f64());
+        }
+        verdicts
+    }
+
+    /// The others go on meanwhile. Without its lease it goes back, since nobody else gets the shard before.
+    fn suspend(&mut self, queued: Queued, refusal: Refusal) {
+        if !self.permit.for_batch().allows(&queued.row) {
+            return self.give_back(&queued.row);
+        }
+        let pause = BREAK_BACKOFF.delay(queued.suspicion.breaks.saturating_sub(BREAKS_SUSPECT + 1));
+        let suspension = Suspension { until: Instant::now() + pause, refusal };
+        if let Some(row) = self.queue.suspend(queued, suspension) {
             self.give_back_unsent(&row);
         }
     }
 
-    /// Sends a batch; the verdicts, and whether nobody else had anything on its way. That is asked for only where a row is
-    /// suspected to break connections.
-    async fn send(&mut self, rows: &[Row], suspicions: &[Suspicion]) -> (Vec<Verdict>, bool) {
-        let publishing = self.publisher.publish(rows, &self.permit, &self.cut);
-        match suspicions {
-            [Suspicion { breaks: BREAKS_SUSPECT.., .. }] => {
-                self.pulse.beat_during(self.gate.alone(publishing)).await
-            }
-            _ => (self.pulse.beat_during(self.gate.beside_others(publishing)).await, false),
-        }
-    }
-
-    /// Acts on a refusal. Returns the row if it is to be sent again.
-    fn refused(&mut self, mut queued: Queued, refusal: Refusal, company: Company) -> Option<Queued> {
+    /// Acts on a refusal. Returns the row with it if it is to be sent again.
+    fn refused(&mut self, mut queued: Queued, refusal: Refusal) -> Option<(Queued, Refusal)> {
         self.count(refusal.fault);
-        if matches!(refusal.fault, Fault::Unroutable | Fault::Destination | Fault::Message) {
-            // A refusal is an answer too.
-            self.silences.answered(&queued.row.route);
-        }
+        self.learn(&queued, refusal.fault);
+        let suspicion = &mut queued.suspicion;
+        let apart = suspicion.is_apart();
+        suspicion.strikes += u32::from(refusal.fault == Fault::Message);
+        suspicion.breaks +=
+            u32::from(refusal.fault == Fault::Break || apart && is_for_its_connection(refusal.fault));
         let history = History {
             attempts: queued.row.attempts,
-            silences: self.silences.of(&queued.row.route),
-            strikes: queued.suspicion.strikes + u32::from(company.is_proof_of(refusal.fault)),
-            breaks: queued.suspicion.breaks + u32::from(refusal.fault == Fault::Break),
+            silences: self.troubled.silences(&queued.row.route),
+            strikes: suspicion.strikes,
+            breaks: suspicion.breaks,
         };
-        queued.suspicion.breaks = history.breaks;
         match self.policy.decide(refusal.fault, history) {
-            Decision::Resend => return Some(queued),
+            Decision::Resend => return Some((queued, refusal)),
             Decision::ResendAlone => {
-                queued.suspicion.alone = true;
-                queued.suspicion.strikes = history.strikes;
-                return Some(queued);
+                suspicion.alone.get_or_insert_with(Instant::now);
+                return Some((queued, refusal));
+            }
+            Decision::ResendApart => {
+                suspicion.alone.get_or_insert_with(Instant::now);
+                suspicion.breaks = suspicion.breaks.max(BREAKS_SUSPECT);
+                return Some((queued, refusal));
             }
             Decision::Accept => self.delivered(&queued.row),
-            Decision::Wait => {
-                if refusal.fault == Fault::Break {
-                    self.convict(&queued.row, &refusal);
-                }
-                self.wait(&queued.row, refusal);
-            }
+            Decision::Wait => self.put_off(&queued.row, refusal),
             Decision::Dead => self.dead(&queued.row, refusal),
             Decision::GiveBack => self.give_back(&queued.row),
         }
         None
     }
 
+    /// What a refusal tells of its route.
+    fn learn(&mut self, queued: &Queued, fault: Fault) {
+        match fault {
+            // A refusal is an answer, too.
+            Fault::Unroutable | Fault::Destination | Fault::Message => {
+                self.troubled.answered(&queued.row.route);
+            }
+            // What is known of a row says nothing of others.
+            Fault::Break if queued.suspicion.is_apart() && !self.blamed.contains(&queued.row.id) => {
+                let now = Instant::now();
+                if self.troubled.count_break(&queued.row.route, now) {
+                    self.queue.suspect(&queued.row.route, now);
+                }
+            }
+            _ => {}
+        }
+    }
+
     fn delivered(&mut self, row: &Row) {
-        self.silences.answered(&row.route);
-        if !self.convicted.is_empty() {
-            self.convicted.remove(&row.id);
+        self.troubled.answered(&row.route);
+        if !self.blamed.is_empty() {
+            self.blamed.remove(&row.id);
         }
         self.end(row, End::Delivered { created_at_micros: row.created_at_micros });
     }
 
-    fn convict(&mut self, row: &Row, refusal: &Refusal) {
-        if self.convicted.len() >= CONVICTED_MAX {
-            self.convicted.clear();
+    /// It waits in the table, with what it did to connections remembered.
+    fn put_off(&mut self, row: &Row, refusal: Refusal) {
+        if refusal.fault == Fault::Break {
+            self.blame(row, &refusal.reason);
         }
-        if self.convicted.insert(row.id) {
-            let (id, message_id, reason) = (row.id, row.message_id, &refusal.reason);
+        self.wait(row, refusal);
+    }
+
+    fn blame(&mut self, row: &Row, reason: &str) {
+        if self.remember_blamed(row.id) {
+            self.troubled.count_blame(&row.route, Instant::now());
+            let (id, message_id) = (row.id, row.message_id);
             tracing::warn!(id, %message_id, reason, "connections break whenever this row is on its way; trying it seldom");
         }
+    }
+
+    /// Whether that is news.
+    fn remember_blamed(&mut self, id: i64) -> bool {
+        if self.blamed.len() >= BLAMED_MAX
+            && let Some(any) = self.blamed.iter().next().copied()
+        {
+            self.blamed.remove(&any);
+        }
+        self.blamed.insert(id)
     }
 
     fn wait(&mut self, row: &Row, refusal: Refusal) {
@@ -448,7 +504,7 @@ impl<P: Publisher> Worker<P> {
         let silent = rows.iter().zip(verdicts).filter(|(_, verdict)| silent(verdict));
         let (routes, now): (HashSet<&Arc<Route>>, _) =
             (silent.map(|(row, _)| &row.route).collect(), Instant::now());
-        routes.into_iter().for_each(|route| self.silences.count(route, now));
+        routes.into_iter().for_each(|route| self.troubled.count_silence(route, now));
     }
 
     fn count(&self, fault: Fault) {
@@ -458,7 +514,7 @@ impl<P: Publisher> Worker<P> {
             }
             Fault::Unroutable => self.metrics.returned.inc(),
             Fault::Destination | Fault::Message | Fault::Hopeless => self.metrics.refused.inc(),
-            Fault::Outage | Fault::Fenced => return,
+            Fault::Outage | Fault::Risk | Fault::Fenced => return,
         };
     }
 }

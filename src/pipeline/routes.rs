@@ -43,6 +43,8 @@ struct Refusing {
     told: bool,
     /// The last refusal was that no answer came.
     silent: bool,
+    /// That the connection broke.
+    breaks: bool,
     probes: u32,
     next_probe: Instant,
     /// On its way.
@@ -59,7 +61,15 @@ struct Probe {
 
 impl Refusing {
     fn new(now: Instant) -> Self {
-        Self { refusals: 0, told: false, silent: false, probes: 0, next_probe: now, probe: None }
+        Self {
+            refusals: 0,
+            told: false,
+            silent: false,
+            breaks: false,
+            probes: 0,
+            next_probe: now,
+            probe: None,
+        }
     }
 
     fn parked(&self) -> bool {
@@ -108,7 +118,7 @@ impl Routes {
         let state = self.refusing.entry(Arc::clone(route)).or_insert_with(|| Refusing::new(now));
         let was_parked = state.parked();
         state.refusals = state.refusals.saturating_add(1);
-        state.silent = fault == Fault::Silence;
+        (state.silent, state.breaks) = (fault == Fault::Silence, fault == Fault::Break);
         if probe {
             state.probes = state.probes.saturating_add(1);
             state.next_probe = now + backoff.delay(state.probes).max(state.end_probe(now));
@@ -129,7 +139,9 @@ impl Routes {
     /// A message went through. True if its route had refused before and its waiting rows are to be
     /// released.
     pub fn delivered(&mut self, route: &Route) -> bool {
-        self.refusing.remove(route).is_some()
+        let was = self.refusing.remove(route);
+        // One row that broke connections, among others that do not: its own wait is right for it.
+        was.is_some_and(|state| !state.breaks || state.parked())
     }
 
     /// A probe found no row to send: nothing waits there any more.
@@ -183,6 +195,11 @@ impl Routes {
         let state = self.refusing.get_mut(&route)?;
         state.probe = Some(Probe { since: now, read_in: None, bytes: 0 });
         Some(route)
+    }
+
+    /// Its messages break connections.
+    pub fn breaks(&self, route: &Route) -> bool {
+        self.refusing.get(route).is_some_and(|state| state.breaks)
     }
 
     /// The probe that was taken is so large.

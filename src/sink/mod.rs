@@ -59,6 +59,8 @@ pub enum Fault {
     /// Sent, and before the answer the whole connection broke, which a message may be the reason of: where the server or
     /// something on the way stumbles over it.
     Break,
+    /// Not sent, since the connection may break; to be sent on one that nobody else uses.
+    Risk,
     /// Sent, and no answer within the confirm time-out.
     Silence,
     /// The server closed the channel over one message of the batch and did not say which.
@@ -74,9 +76,9 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// It speaks of where the message goes, not of the message.
+    /// It may speak of where the message goes, not only of the message.
     pub fn blames_destination(self) -> bool {
-        matches!(self, Self::Unroutable | Self::Destination | Self::Silence)
+        matches!(self, Self::Unroutable | Self::Destination | Self::Silence | Self::Break)
     }
 }
 
@@ -130,6 +132,10 @@ pub trait Sink: Send + Sync + 'static {
 
     /// A publisher for one worker, with a channel of its own.
     fn publisher(&self) -> Self::Publisher;
+
+    /// The same with a connection of its own, made when it is used: what breaks it harms nobody else, and was alone on it
+    /// if it was alone in its batch.
+    fn publisher_apart(&self) -> Self::Publisher;
 
     /// Whether messages can be sent; changes are announced.
     fn state(&self) -> watch::Receiver<SinkState>;

@@ -35,6 +35,10 @@ impl Sink for NullSink {
         self.clone()
     }
 
+    fn publisher_apart(&self) -> Self {
+        self.clone()
+    }
+
     fn state(&self) -> watch::Receiver<SinkState> {
         self.state.subscribe()
     }

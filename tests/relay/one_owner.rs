@@ -74,15 +74,17 @@ async fn backlog(world: &World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_that_come_and_go_in_order_repeat_nothing() {
     let world = World::new().await;
+    // Whoever is stopped by the machine for two seconds, the usual time here, loses its leases.
+    let patient = [("OUTBOX_LEASE_TTL", "10s")];
     // Enough that rows of every shard are in flight whenever one changes hands.
     let load = Load::start(&world, 50);
-    let first = world.process(&[]).await;
+    let first = world.process(&patient).await;
     eventually("one alone owns everything", async || first.owned().await == Some(SHARDS)).await;
     backlog(&world).await;
-    let second = world.process(&[]).await;
+    let second = world.process(&patient).await;
     shared(&[&first, &second]).await;
     backlog(&world).await;
-    let third = world.process(&[]).await;
+    let third = world.process(&patient).await;
     shared(&[&first, &second, &third]).await;
     let begun = Instant::now();
     assert!(first.terminate().await.success());

@@ -87,9 +87,8 @@ impl<S: Store> Poll<S> {
                 self.routes.probe_released(&route, Instant::now());
             }
             Ok(Some(Some(row))) => {
-                let prober = self.prober();
                 self.routes.probe_sent(&route, row.bytes(), Instant::now());
-                self.send(vec![row], prober).await;
+                self.send_probe(row).await;
             }
             Ok(Some(None)) if leases.len() == self.holdings.borrow().leases().len() => {
                 self.routes.nothing_waits(&route);
@@ -120,9 +119,26 @@ mod tests {
     use super::*;
     use crate::config::Settings;
     use crate::ownership::Holdings;
-    use crate::pipeline::poll::tests::stage_with;
+    use crate::pipeline::Work;
+    use crate::pipeline::poll::tests::{stage, stage_with};
     use crate::store::Row;
     use crate::store::memory::plain_row;
+
+    /// Else each worker's connection would break until the prober knows.
+    #[tokio::test]
+    async fn a_route_that_breaks_connections_is_tried_apart() {
+        for (fault, expected) in [(Fault::Break, true), (Fault::Destination, false)] {
+            let mut stage = stage();
+            let (poll, row) = (&mut stage.poll, plain_row(1));
+            for _ in 0..3 {
+                poll.route_refuses(&row.route, fault, "no answer", false);
+            }
+            poll.send_probe(row).await;
+            let prober = poll.prober();
+            let work = stage.workers[prober].try_recv().expect("a probe");
+            assert_eq!(matches!(work, Work::TryApart(_)), expected, "{work:?}");
+        }
+    }
 
     /// That key may be held for as long as somebody's lock.
     #[tokio::test]

@@ -219,6 +219,18 @@ impl<S: Store> Poll<S> {
         }
     }
 
+    /// The same for a row that is to try its route.
+    pub(super) async fn send_probe(&mut self, row: Row) {
+        let prober = self.prober();
+        if !self.routes.breaks(&row.route) {
+            return self.send(vec![row], prober).await;
+        }
+        if self.note(&row, prober) {
+            self.show_in_flight();
+            hand_over(&self.workers[prober], Work::TryApart(Box::new(row))).await;
+        }
+    }
+
     /// Gives a row its place; false if it has one.
     fn note(&mut self, row: &Row, worker: usize) -> bool {
         if self.in_flight.contains_key(&row.id) {

@@ -2,6 +2,7 @@
 
 use super::{InFlight, Poll};
 use crate::pipeline::{Fate, Settled, Way, Work, hand_over};
+use crate::sink::Fault;
 use crate::store::{Lease, Store};
 use std::sync::Arc;
 
@@ -72,6 +73,8 @@ impl<S: Store> Poll<S> {
                 self.shards.fenced(lease.shard, worker, key);
             }
             Fate::Waiting { route, reason, fault } => {
+                // There was no connection for a probe that might break it: as if it had.
+                let fault = if probe && fault == Fault::Outage { Fault::Break } else { fault };
                 // What stood aside was refused long ago.
                 if fault.blames_destination() && aside.is_none() {
                     self.route_refuses(&route, fault, &reason, probe);
@@ -149,7 +152,6 @@ mod tests {
     use crate::ownership::Holdings;
     use crate::pipeline::poll::Rested;
     use crate::pipeline::poll::tests::stage;
-    use crate::sink::Fault;
     use crate::store::Row;
     use crate::store::memory::plain_row;
     use std::time::Duration;

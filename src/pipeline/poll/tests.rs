@@ -17,7 +17,7 @@ pub(super) struct Stage {
     pub poll: Poll<MemoryStore>,
     pub store: MemoryStore,
     pub holdings: watch::Sender<Holdings>,
-    workers: Vec<mpsc::Receiver<Work>>,
+    pub workers: Vec<mpsc::Receiver<Work>>,
     _settled: mpsc::Sender<Vec<Settled>>,
     _sink: watch::Sender<SinkState>,
     _drained: mpsc::Receiver<Lease>,
@@ -52,9 +52,10 @@ impl Stage {
     pub fn handed_to(&mut self, worker: usize) -> Vec<i64> {
         let work = std::iter::from_fn(|| self.workers[worker].try_recv().ok());
         let ids = work.filter_map(|work| match work {
-            Work::Publish(rows) => Some(rows.into_iter().map(|row| row.id)),
+            Work::Publish(rows) => Some(rows),
+            Work::TryApart(row) => Some(vec![*row]),
             Work::Resume(_) => None,
         });
-        ids.flatten().collect()
+        ids.flatten().map(|row| row.id).collect()
     }
 }

@@ -51,6 +51,8 @@ pub struct Blamed<'a> {
 pub struct Evidence {
     /// There was one.
     pub alone: bool,
+    /// And its connection had no other.
+    pub apart: bool,
     /// The text blames one of them.
     pub named: bool,
     /// The whole connection is gone, and nobody has ended it on purpose.
@@ -62,9 +64,15 @@ pub fn is_forced(error: &Error) -> bool {
     matches!(reply_code(error), Some(200 | 320))
 }
 
+/// The connection failed by itself, so that everything on it is lost.
+pub fn is_loss(error: &Error) -> bool {
+    use ErrorKind::{IOError, MissingHeartbeatError, ParsingError};
+    matches!(error.kind(), IOError(_) | MissingHeartbeatError | ParsingError(_))
+}
+
 /// What the closing of a channel or connection means for one message that had no answer yet.
 pub fn fault_of_close(error: &Error, message: Blamed<'_>, evidence: Evidence) -> Fault {
-    let Evidence { alone, named, broke } = evidence;
+    let Evidence { alone, apart, named, broke } = evidence;
     let suspect = if alone { Fault::Message } else { Fault::Suspect };
     let unknown = if broke { Fault::Break } else { Fault::Unknown };
     let text = &sentence(error);
@@ -82,8 +90,9 @@ pub fn fault_of_close(error: &Error, message: Blamed<'_>, evidence: Evidence) ->
                 Some(_) => Fault::Unknown,
                 None => suspect,
             },
-            // Frame, syntax, command, channel, unexpected frame. 506 is the broker out of resources.
-            (AMQPErrorKind::Hard(_), Some(501..=505)) => suspect,
+            // Frame, syntax, command, channel, unexpected frame: by anything on the connection. 506 is the broker out of resources.
+            (AMQPErrorKind::Hard(_), Some(501..=505)) if alone && apart => Fault::Message,
+            (AMQPErrorKind::Hard(_), Some(501..=505)) => Fault::Break,
             _ => unknown,
         },
         _ => unknown,
@@ -130,7 +139,7 @@ mod tests {
     }
 
     /// Somebody is named.
-    const TOGETHER: Evidence = Evidence { alone: false, named: true, broke: false };
+    const TOGETHER: Evidence = Evidence { alone: false, apart: false, named: true, broke: false };
     const ALONE: Evidence = Evidence { alone: true, ..TOGETHER };
 
     fn blamed(exchange: &str, payload_len: usize) -> Blamed<'_> {
@@ -180,6 +189,20 @@ mod tests {
         let error = close(AMQPSoftError::PRECONDITIONFAILED, "PRECONDITION_FAILED - invalid message");
         assert_eq!(fault_of_close(&error, blamed("x", 1), TOGETHER), Fault::Suspect);
         assert_eq!(fault_of_close(&error, blamed("x", 1), ALONE), Fault::Message);
+    }
+
+    /// Whoever has it on its connection may be the culprit.
+    #[test]
+    fn an_error_of_the_whole_connection_blames_only_what_was_alone_on_it() {
+        let error: Error = ErrorKind::ProtocolError(AMQPError::new(
+            AMQPHardError::SYNTAXERROR.into(),
+            "SYNTAX_ERROR".into(),
+        ))
+        .into();
+        assert_eq!(fault_of_close(&error, blamed("x", 1), TOGETHER), Fault::Break);
+        assert_eq!(fault_of_close(&error, blamed("x", 1), ALONE), Fault::Break);
+        let apart = Evidence { apart: true, ..ALONE };
+        assert_eq!(fault_of_close(&error, blamed("x", 1), apart), Fault::Message);
     }
 
     /// The broker's words of names that are long: their end is missing.

@@ -4,7 +4,7 @@
 //! flight on it along. So each exchange is asked for first, on a channel of its own, and the answer
 //! is kept for a while. An exchange that has refused a publish is tried again with one message alone.
 
-use super::breaks::Breaks;
+use super::breaks::{Asking, Breaks};
 use super::classify::{is_forced, reply_code, sentence};
 use super::connection::BrokerConnection;
 use lapin::options::ExchangeDeclareOptions;
@@ -21,7 +21,7 @@ const REFUSED_FOR: Duration = Duration::from_secs(1);
 /// Exchanges remembered at most; with more, all are asked for again.
 const ANSWERS_MAX: usize = 1024;
 /// Longest a question may take.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 /// May this exchange be published to?
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub(super) enum Access {
     OneTry,
     /// No, and why.
     Refused(String),
+    /// Asking may break the connection: not on one that others use, and not all the time.
+    AtRisk,
 }
 
 #[derive(Debug)]
@@ -47,13 +49,15 @@ struct Answer {
 pub(super) struct Exchanges {
     answers: HashMap<String, Answer>,
     channel: Option<Channel>,
+    /// Nobody else uses the connection.
+    apart: bool,
     breaks: Breaks,
 }
 
 impl Exchanges {
     /// Nothing is known but what they did to connections.
-    pub(super) fn new(breaks: Breaks) -> Self {
-        Self { answers: HashMap::new(), channel: None, breaks }
+    pub(super) fn new(apart: bool, breaks: Breaks) -> Self {
+        Self { answers: HashMap::new(), channel: None, apart, breaks }
     }
 
     /// What is known, asking the broker where nothing is. `Err`: the connection is not usable.
@@ -70,9 +74,11 @@ impl Exchanges {
             Some(Answer { by_publish: true, .. }) => Ok(Access::OneTry),
             // The default exchange exists always and cannot be declared.
             _ if exchange.is_empty() => Ok(Access::Open),
-            _ => match self.breaks.refusal(exchange) {
-                Some(reason) => Ok(Access::Refused(reason)),
-                None => self.ask(connection, exchange).await,
+            _ => match self.breaks.asking(exchange, self.apart, Instant::now()) {
+                Asking::Blamed(reason) => Ok(Access::Refused(reason)),
+                Asking::Anywhere => self.ask(connection, exchange).await,
+                Asking::Apart if self.apart => self.ask(connection, exchange).await,
+                Asking::Apart | Asking::Later => Ok(Access::AtRisk),
             },
         }
     }
@@ -99,16 +105,10 @@ impl Exchanges {
 
     /// Another connection: nothing is known.
     pub(super) fn forget(&mut self) {
-        *self = Self::new(self.breaks.clone());
+        *self = Self::new(self.apart, self.breaks.clone());
     }
 
     async fn ask(&mut self, connection: &Arc<BrokerConnection>, exchange: &str) -> Result<Access, String> {
-        // Opening a channel is a round trip, which shows that the connection works before it is put at risk.
-        if self.breaks.is_suspect(exchange)
-            && let Some(channel) = self.channel.take()
-        {
-            connection.abandon(channel);
-        }
         let answer = match tokio::time::timeout(ASK_LIMIT, self.exists(connection, exchange)).await {
             Ok(answer) => answer,
             Err(_) => {
@@ -144,7 +144,10 @@ impl Exchanges {
             && !connection.status().connected()
             && !is_forced(error)
         {
-            self.breaks.note(exchange, connection);
+            match self.apart {
+                true => self.breaks.blame(exchange, Instant::now()),
+                false => self.breaks.suspect(exchange),
+            }
         }
         answer
     }

@@ -1,6 +1,8 @@
 //! RabbitMQ over AMQP 0-9-1, with publisher confirms and `mandatory` always.
 //!
-//! - `link`: the connection: kept up, watched, announced.
+//! - `link`: the connection of all workers: kept up, watched, announced.
+//! - `way`: that connection, or one of a worker's own.
+//! - `connector`: one connection, to one of the addresses.
 //! - `connection`: a connection that ends in order, with its channels.
 //! - `tls`: certificates for it.
 //! - `publisher`: one channel per worker; a batch out, all confirms in, then the verdicts.
@@ -16,6 +18,7 @@ mod breaks;
 pub mod classify;
 mod confirms;
 mod connection;
+mod connector;
 mod exchanges;
 mod link;
 pub mod message;
@@ -23,6 +26,7 @@ pub mod preflight;
 mod publisher;
 mod rounds;
 mod tls;
+mod way;
 
 pub use publisher::RabbitPublisher;
 
@@ -37,6 +41,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use way::{Apart, Way};
 
 /// A RabbitMQ broker, or a cluster of several addresses.
 #[derive(Debug)]
@@ -44,6 +49,7 @@ pub struct RabbitMq {
     confirm_timeout: Duration,
     state: watch::Receiver<SinkState>,
     connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
+    apart: Apart,
     breaks: Breaks,
     stop: CancellationToken,
     link: Mutex<Option<JoinHandle<()>>>,
@@ -52,10 +58,15 @@ pub struct RabbitMq {
 impl RabbitMq {
     /// Begins to connect in the background, and goes on for as long as it takes.
     pub fn connect(broker: impl Into<Broker>, confirm_timeout: Duration, metrics: Arc<Metrics>) -> Self {
-        let stop = CancellationToken::new();
-        let (link, state, connection) = Link::new(broker.into(), metrics, stop.clone());
+        let (broker, stop) = (broker.into(), CancellationToken::new());
+        let apart = Apart::new(broker.clone(), stop.clone());
+        let (link, state, connection) = Link::new(broker, metrics, stop.clone());
         let link = Mutex::new(Some(tokio::spawn(link.run())));
-        Self { confirm_timeout, state, connection, breaks: Breaks::default(), stop, link }
+        Self { confirm_timeout, state, connection, apart, breaks: Breaks::default(), stop, link }
+    }
+
+    fn publisher_by(&self, way: Way) -> RabbitPublisher {
+        RabbitPublisher::new(way, self.state.clone(), self.confirm_timeout, self.breaks.clone())
     }
 }
 
@@ -63,8 +74,11 @@ impl Sink for RabbitMq {
     type Publisher = RabbitPublisher;
 
     fn publisher(&self) -> RabbitPublisher {
-        let (connection, state) = (self.connection.clone(), self.state.clone());
-        RabbitPublisher::new(connection, state, self.confirm_timeout, self.breaks.clone())
+        self.publisher_by(Way::Shared(self.connection.clone()))
+    }
+
+    fn publisher_apart(&self) -> RabbitPublisher {
+        self.publisher_by(self.apart.way())
     }
 
     fn state(&self) -> watch::Receiver<SinkState> {
@@ -79,5 +93,6 @@ impl Sink for RabbitMq {
         {
             tracing::error!(%error, "the keeper of the broker's connection failed");
         }
+        self.apart.close().await;
     }
 }

@@ -2,8 +2,8 @@
 
 use super::classify::{reply_code, sentence};
 use super::connection::BrokerConnection;
+use super::connector::connect;
 use super::exchanges::declare_passively;
-use super::link::connect;
 use crate::config::{Settings, endpoint};
 use crate::preflight::{Finding, ask};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};

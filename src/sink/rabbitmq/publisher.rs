@@ -1,4 +1,4 @@
-//! One worker's channel: a batch out, *all* confirms in, and only then the verdicts.
+//! A worker's channel: a batch out, *all* confirms in, and only then the verdicts.
 //!
 //! The barrier is needed because lapin hands a returned message to whichever confirm completes
 //! next. Once every confirm of the channel has completed, every return has been handed out, and
@@ -8,13 +8,14 @@
 
 use super::breaks::Breaks;
 use super::classify::{
-    Blamed, Evidence, fault_of_close, is_forced, names, names_exchange, sentence, size_limit,
+    Blamed, Evidence, fault_of_close, is_forced, is_loss, names, names_exchange, sentence, size_limit,
 };
 use super::confirms::{Answer, Answers, ChannelState, Ended, OnItsWay, gather};
 use super::connection::BrokerConnection;
 use super::exchanges::{Access, Exchanges};
 use super::message::{Message, compose};
 use super::rounds::Rounds;
+use super::way::Way;
 use crate::mutants::mutant;
 use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
@@ -23,7 +24,7 @@ use futures_util::FutureExt;
 use lapin::Channel;
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -40,7 +41,7 @@ const NACKED_CHANNEL_AGE: Duration = Duration::from_secs(2);
 /// A worker's way to RabbitMQ.
 #[derive(Debug)]
 pub struct RabbitPublisher {
-    connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
+    way: Way,
     state: watch::Receiver<SinkState>,
     confirm_timeout: Duration,
     channel: Option<Open>,
@@ -75,27 +76,19 @@ impl<'a> Round<'a> {
 
 impl RabbitPublisher {
     pub(super) fn new(
-        connection: watch::Receiver<Option<Arc<BrokerConnection>>>,
+        way: Way,
         state: watch::Receiver<SinkState>,
         confirm_timeout: Duration,
         breaks: Breaks,
     ) -> Self {
-        let exchanges = Exchanges::new(breaks);
+        let exchanges = Exchanges::new(way.is_own(), breaks);
         let learned_from = Weak::new();
-        Self {
-            connection,
-            state,
-            confirm_timeout,
-            channel: None,
-            exchanges,
-            learned_from,
-            message_size_max: None,
-        }
+        Self { way, state, confirm_timeout, channel: None, exchanges, learned_from, message_size_max: None }
     }
 
     /// The channel, opened anew after a loss.
     async fn open(&mut self) -> Result<Open, String> {
-        let connection = self.connection.borrow().clone().ok_or("not connected")?;
+        let connection = self.way.connection().await?;
         if let Some(open) = &self.channel
             && open.channel.status().connected()
             && Arc::ptr_eq(&open.connection, &connection)
@@ -143,7 +136,7 @@ impl RabbitPublisher {
         compose(row, frame_max).map_err(hopeless)
     }
 
-    /// Sorts the rows that have a message into rounds.
+    /// Sorts the rows that have a message into rounds, but for those whose exchange refuses them or is asked for elsewhere.
     async fn rounds(
         &mut self,
         connection: &Arc<BrokerConnection>,
@@ -151,15 +144,24 @@ impl RabbitPublisher {
         messages: &[Option<Message>],
         verdicts: &mut [Option<Verdict>],
     ) -> Result<Vec<Vec<usize>>, String> {
-        let mut rounds = Rounds::default();
+        let (mut rounds, mut behind) = (Rounds::default(), HashSet::new());
         let sendable = batch.iter().zip(messages).enumerate().filter(|(_, (_, message))| message.is_some());
         for (place, (row, _)) in sendable {
             let (exchange, key) = (row.route.exchange.as_str(), row.ordering_key.as_deref());
+            if key.is_some_and(|key| behind.contains(key)) {
+                verdicts[place] = Some(Err(Refusal::new(Fault::Outage, "not sent: behind one of its key")));
+                continue;
+            }
             match self.exchanges.access(connection, exchange).await? {
                 Access::Open => rounds.add(place, exchange, key, false),
                 Access::OneTry => rounds.add(place, exchange, key, true),
                 Access::Refused(reason) => {
                     verdicts[place] = Some(Err(Refusal::new(Fault::Destination, reason)));
+                }
+                Access::AtRisk => {
+                    let reason = "not sent: the connection broke when the broker was asked for its exchange";
+                    verdicts[place] = Some(Err(Refusal::new(Fault::Risk, reason)));
+                    behind.extend(key);
                 }
             }
         }
@@ -177,10 +179,11 @@ impl RabbitPublisher {
     ) {
         let mut answers = Answers::of(round.places.len());
         let on_their_way = hand_over(open, round, messages, &mut answers);
-        let channel_state = || match (open.channel.status().connected(), self.state.borrow().is_ready()) {
-            (false, _) => ChannelState::Lost,
-            (true, true) => ChannelState::Open,
-            (true, false) => ChannelState::Blocked,
+        let blocked = || open.connection.status().blocked() || !self.state.borrow().is_ready();
+        let channel_state = || match open.channel.status().connected() {
+            false => ChannelState::Lost,
+            true if blocked() => ChannelState::Blocked,
+            true => ChannelState::Open,
         };
         let ended = gather(on_their_way, &mut answers, self.confirm_timeout, channel_state, give_up).await;
         if ended != Ended::Complete {
@@ -193,7 +196,7 @@ impl RabbitPublisher {
         }
         let failed = |answer: &Option<Answer>| matches!(answer, Some(Answer::Error(_)) | None);
         let broken = ended != Ended::Complete || by_slot.iter().any(failed);
-        let evidence = evidence(open, round, &by_slot);
+        let evidence = evidence(open, self.way.is_own(), round, &by_slot);
         let lost = if evidence.broke { Fault::Break } else { Fault::Unknown };
         for ((place, row), answer) in round.rows().zip(by_slot) {
             let none = if ended == Ended::Lost { Answer::Lost } else { Answer::Silence };
@@ -235,6 +238,19 @@ impl RabbitPublisher {
 
 impl Publisher for RabbitPublisher {
     async fn publish(&mut self, batch: &[Row], permit: &Permit, give_up: &CancellationToken) -> Vec<Verdict> {
+        let verdicts = self.publish_all(batch, permit, give_up).await;
+        self.way.rest();
+        verdicts
+    }
+}
+
+impl RabbitPublisher {
+    async fn publish_all(
+        &mut self,
+        batch: &[Row],
+        permit: &Permit,
+        give_up: &CancellationToken,
+    ) -> Vec<Verdict> {
         let mut verdicts: Vec<Option<Verdict>> = batch.iter().map(|_| None).collect();
         let open = match self.open().await {
             Ok(open) => open,
@@ -277,17 +293,20 @@ fn blamed(row: &Row) -> Blamed<'_> {
 }
 
 /// What all the answers of a round say together.
-fn evidence(open: &Open, round: &Round<'_>, by_slot: &[Option<Answer>]) -> Evidence {
+fn evidence(open: &Open, apart: bool, round: &Round<'_>, by_slot: &[Option<Answer>]) -> Evidence {
     let errors = || {
         by_slot.iter().zip(round.rows()).filter_map(|(answer, (_, row))| match answer {
             Some(Answer::Error(error)) => Some((error, row)),
             _ => None,
         })
     };
+    // What had not left yet may fail before the connection counts as lost.
+    let lost = !open.connection.status().connected() || errors().any(|(error, _)| is_loss(error));
     Evidence {
         alone: round.places.len() == 1,
         named: errors().any(|(error, row)| names(&sentence(error), blamed(row))),
-        broke: !open.connection.status().connected() && !errors().any(|(error, _)| is_forced(error)),
+        apart,
+        broke: lost && !errors().any(|(error, _)| is_forced(error)),
     }
 }
 

@@ -63,6 +63,10 @@ impl Sink for ScriptedSink {
         self.clone()
     }
 
+    fn publisher_apart(&self) -> Self {
+        self.clone()
+    }
+
     fn state(&self) -> watch::Receiver<SinkState> {
         self.state.subscribe()
     }
