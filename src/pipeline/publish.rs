@@ -281,6 +281,9 @@ impl<P: Publisher> Worker<P> {
         if let [Queued { row, suspicion: Suspicion { alone: Some(since), .. } }] = batch.as_slice()
             && let Some(refusal) = self.troubled.is_in_vain(&row.route, *since)
         {
+            if refusal.fault == Fault::Break && batch[0].suspicion.breaks > BREAKS_SUSPECT {
+                self.remember_blamed(row.id);
+            }
             self.wait(row, refusal);
             return None;
         }
@@ -302,7 +305,7 @@ impl<P: Publisher> Worker<P> {
         let first_reason =
             verdicts.iter().find_map(|verdict| verdict.as_ref().err()).map(|refusal| refusal.reason.clone());
         let (count, mut again) = (rows.len(), Vec::new());
-        let in_vain = verdicts.iter().all(Result::is_err);
+        let nothing_delivered = verdicts.iter().all(Result::is_err);
         for ((row, verdict), suspicion) in rows.into_iter().zip(verdicts).zip(suspicions) {
             match verdict {
                 Ok(()) => {
@@ -325,14 +328,15 @@ impl<P: Publisher> Worker<P> {
         let given_back = self.queue.put_back(again.into_iter().map(|(queued, _)| queued).collect());
         self.release(given_back);
         self.hand_over_ended().await;
-        if apart && in_vain {
+        if apart && nothing_delivered {
             self.pulse.beat_during(tokio::time::sleep(APART_REST)).await;
         }
         first_reason.filter(|_| stuck)
     }
 
     async fn send(&mut self, rows: &[Row], apart: bool) -> Vec<Verdict> {
-        let publisher = if apart { &mut self.apart } else { &mut self.publisher };
+        let own = apart && !mutant!("share-what-breaks");
+        let publisher = if own { &mut self.apart } else { &mut self.publisher };
         let sent_at = Instant::now();
         let verdicts = self.pulse.beat_during(publisher.publish(rows, &self.permit, &self.cut)).await;
         // A connection of its own may have been opened first.
@@ -402,6 +406,10 @@ impl<P: Publisher> Worker<P> {
                     self.queue.suspect(&queued.row.route, now);
                 }
             }
+            Fault::Outage if queued.suspicion.is_apart() => {
+                self.troubled.forget_break(&queued.row.route);
+                self.queue.trust(&queued.row.route);
+            }
             _ => {}
         }
     }
@@ -423,14 +431,13 @@ impl<P: Publisher> Worker<P> {
     }
 
     fn blame(&mut self, row: &Row, reason: &str) {
-        if self.remember_blamed(row.id) {
-            self.troubled.count_blame(&row.route, Instant::now());
+        if self.remember_blamed(row.id) && !self.troubled.count_blame(&row.route, Instant::now()) {
             let (id, message_id) = (row.id, row.message_id);
             tracing::warn!(id, %message_id, reason, "connections break whenever this row is on its way; trying it seldom");
         }
     }
 
-    /// Whether that is news.
+    /// Whether it is news.
     fn remember_blamed(&mut self, id: i64) -> bool {
         if self.blamed.len() >= BLAMED_MAX
             && let Some(any) = self.blamed.iter().next().copied()

@@ -59,12 +59,12 @@ impl Trouble {
 
     /// Why a row is not sent.
     fn refusal(&self) -> Refusal {
-        match self.is_silent() {
-            true => Refusal::new(Fault::Silence, "not sent: this route has given no confirms lately"),
-            false => Refusal::new(
+        match self.is_lethal() {
+            true => Refusal::new(
                 Fault::Break,
                 "not sent: connections have broken each time a message of this route was on its way",
             ),
+            false => Refusal::new(Fault::Silence, "not sent: this route has given no confirms lately"),
         }
     }
 }
@@ -83,18 +83,18 @@ impl Troubled {
         }
         let Some(trouble) = self.0.get_mut(&row.route) else { return Sending::Together };
         let is_new = row.attempts == 0;
-        if trouble.is_silent() {
-            return match is_new {
-                true => Sending::NotNow(trouble.refusal()),
-                false => Sending::Alone(Suspicion { alone: Some(now), ..Suspicion::default() }),
-            };
-        }
         if trouble.is_lethal() {
             if is_new && now < trouble.next_try {
                 return Sending::NotNow(trouble.refusal());
             }
             trouble.next_try = now + SELDOM;
             return Sending::Alone(Suspicion::apart(now, BREAKS_BLAME - 1));
+        }
+        if trouble.is_silent() {
+            return match is_new {
+                true => Sending::NotNow(trouble.refusal()),
+                false => Sending::Alone(Suspicion { alone: Some(now), ..Suspicion::default() }),
+            };
         }
         if trouble.breaks { Sending::Alone(Suspicion::apart(now, 0)) } else { Sending::Together }
     }
@@ -116,10 +116,19 @@ impl Troubled {
         !std::mem::replace(&mut self.trouble(route, now).breaks, true)
     }
 
-    /// A row is to blame for broken connections.
-    pub fn count_blame(&mut self, route: &Arc<Route>, now: Instant) {
+    /// There is no connection for what may break it, so that nothing more can be learned: only what did is kept off the others'.
+    pub fn forget_break(&mut self, route: &Route) {
+        if let Some(trouble) = self.0.get_mut(route) {
+            trouble.breaks = false;
+        }
+    }
+
+    /// A row is to blame for broken connections. Whether that was known of its route.
+    pub fn count_blame(&mut self, route: &Arc<Route>, now: Instant) -> bool {
         let trouble = self.trouble(route, now);
+        let known = trouble.is_lethal();
         (trouble.blamed, trouble.last) = (trouble.blamed.saturating_add(1), now);
+        known
     }
 
     /// An answer, be it a refusal.
@@ -217,5 +226,8 @@ mod tests {
         assert_eq!(troubled.sending(&waited, later), apart(later, one_try), "it may work since");
         troubled.answered(&route);
         assert_eq!(troubled.sending(&row, now), Sending::Together);
+        assert!(troubled.count_break(&route, now));
+        troubled.forget_break(&route);
+        assert_eq!(troubled.sending(&row, now), Sending::Together, "no connection can be had to try it");
     }
 }

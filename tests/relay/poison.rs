@@ -349,6 +349,36 @@ async fn a_message_that_breaks_the_connection_waits_and_holds_up_nobody() {
     world.finish(Allowed { refusals: true, duplicates: 3 * 2000, ..Allowed::default() }).await;
 }
 
+/// Its login may have no second connection. Others go on, also those of its route; it waits, and says why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_no_connection_of_its_own_can_be_had_the_others_go_on() {
+    let world = World::alone().await;
+    let relay = world.process(&[]).await;
+    eventually("connected", async || relay.health().await.broker.state == "up").await;
+    world.servers().rabbitmqctl(&["set_user_limits", "outbox", "{\"max-connections\": 1}"]).await;
+    world.servers().rabbitmqctl(&["set_topic_permissions", "outbox", &world.name, "^ok", ".*"]).await;
+    let lethal = format!("x{}", "ä".repeat(119));
+    world
+        .sql(&format!(
+            "insert into outbox (routing_key, ordering_key, payload) values ('{lethal}', 'key 1', '{{}}')"
+        ))
+        .await;
+    world.write(1000, 40).await;
+    world
+        .until("select count(*) from outbox where delivered_at is null and ordering_key <> 'key 1'", 0)
+        .await;
+    world
+        .until("select count(*) from outbox where attempts > 0 and last_error like '%cannot connect%'", 1)
+        .await;
+    assert!(relay.logged().contains("cannot open a connection for messages that may break it"));
+    world.servers().rabbitmqctl(&["clear_user_limits", "outbox", "all"]).await;
+    world.servers().rabbitmqctl(&["clear_topic_permissions", "outbox"]).await;
+    world.bind(&lethal).await;
+    world.drained().await;
+    assert!(relay.terminate().await.success());
+    world.finish(Allowed { refusals: true, duplicates: 4 * 2000, ..Allowed::default() }).await;
+}
+
 /// More of them than there are places: they take but a part of these, and new ones are known by their route.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn however_many_messages_break_connections_the_others_go_on() {

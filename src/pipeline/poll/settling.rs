@@ -73,10 +73,10 @@ impl<S: Store> Poll<S> {
                 self.shards.fenced(lease.shard, worker, key);
             }
             Fate::Waiting { route, reason, fault } => {
-                // There was no connection for a probe that might break it: as if it had.
-                let fault = if probe && fault == Fault::Outage { Fault::Break } else { fault };
+                // There was no connection for a probe that might break it.
+                let in_vain = probe && fault == Fault::Outage;
                 // What stood aside was refused long ago.
-                if fault.blames_destination() && aside.is_none() {
+                if (fault.blames_destination() || in_vain) && aside.is_none() {
                     self.route_refuses(&route, fault, &reason, probe);
                 } else {
                     // The message was refused, which says nothing of its route.

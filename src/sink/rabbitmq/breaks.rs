@@ -25,7 +25,8 @@ pub(super) struct Breaks(Arc<Mutex<HashMap<String, Broken>>>);
 struct Broken {
     /// Connections that broke under this question alone.
     connections: u32,
-    suspected_at: Instant,
+    /// The last time, or when it was suspected.
+    asked_at: Instant,
     ask_again: Instant,
 }
 
@@ -45,7 +46,7 @@ pub(super) enum Asking {
 impl Breaks {
     /// The connection of all workers has broken before the answer. Whatever it was, the next question is harmless.
     pub(super) fn suspect(&self, exchange: &str) {
-        self.change(exchange, |broken| broken.suspected_at = Instant::now());
+        self.change(exchange, |broken| broken.asked_at = Instant::now());
     }
 
     /// A connection has broken that nothing else was sent on.
@@ -56,7 +57,7 @@ impl Breaks {
                 None => BREAK_BACKOFF.delay(broken.connections - 1),
                 Some(since) => REST.delay(since),
             };
-            broken.ask_again = now + pause;
+            (broken.asked_at, broken.ask_again) = (now, now + pause);
         });
     }
 
@@ -70,7 +71,9 @@ impl Breaks {
     pub(super) fn asking(&self, exchange: &str, apart: bool, now: Instant) -> Asking {
         match self.all().get_mut(exchange) {
             None => Asking::Anywhere,
-            Some(Broken { connections: 0, suspected_at, .. }) if now >= *suspected_at + SUSPECTED_FOR => {
+            Some(Broken { connections: ..BREAKS_BLAME, asked_at, .. })
+                if now >= *asked_at + SUSPECTED_FOR =>
+            {
                 Asking::Anywhere
             }
             Some(broken) if now >= broken.ask_again => {
@@ -96,7 +99,7 @@ impl Breaks {
         }
         let nothing = || {
             let now = Instant::now();
-            Broken { connections: 0, suspected_at: now, ask_again: now }
+            Broken { connections: 0, asked_at: now, ask_again: now }
         };
         change(all.entry(exchange.to_owned()).or_insert_with(nothing));
     }
@@ -124,6 +127,8 @@ mod tests {
             breaks.blame("x", now);
             let blamed = matches!(breaks.asking("x", true, now), Asking::Blamed(_));
             assert_eq!(blamed, number == BREAKS_BLAME, "after {number}");
+            let later = breaks.asking("x", false, now + SUSPECTED_FOR);
+            assert_eq!(later == Asking::Anywhere, !blamed, "nobody could ask any more");
         }
         assert_eq!(breaks.asking("x", true, now + REST.max), Asking::Apart, "it may be there by now");
         breaks.answered("x");

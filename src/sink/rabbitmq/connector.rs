@@ -28,18 +28,25 @@ pub(super) struct Connector {
     broker: Broker,
     /// Which of several addresses is tried next.
     turn: usize,
+    /// How many there were the last time.
+    addresses: usize,
     /// The last connect got no answer at all.
     suspicious: bool,
 }
 
 impl Connector {
     pub(super) fn new(broker: Broker) -> Self {
-        Self { broker, turn: 0, suspicious: false }
+        Self { broker, turn: 0, addresses: 1, suspicious: false }
     }
 
     /// The addresses, without secrets.
     pub(super) fn describe(&self) -> String {
         self.broker.endpoint.describe()
+    }
+
+    /// How many addresses there are.
+    pub(super) fn addresses(&self) -> usize {
+        self.addresses
     }
 
     /// The next connection goes to the next address.
@@ -51,6 +58,7 @@ impl Connector {
     pub(super) async fn connect(&mut self) -> Result<BrokerConnection, Away> {
         let secret = self.broker.endpoint.read().map_err(Away::configuration)?;
         let urls = urls(&secret);
+        self.addresses = urls.len();
         let url = SecretString::from(urls[self.turn % urls.len()].to_owned());
         let result = self.connect_to(&url).await;
         if result.is_err() {

@@ -8,6 +8,7 @@ use super::connector::Connector;
 use crate::config::Broker;
 use crate::retry::{CONFIGURATION_BACKOFF, OUTAGE_BACKOFF, Rest};
 use crate::sink::Away;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -66,6 +67,8 @@ pub(super) struct Own {
     stop: CancellationToken,
     keepers: TaskTracker,
     connection: Weak<BrokerConnection>,
+    /// Whether its keeper has closed it.
+    closed: Option<Arc<AtomicBool>>,
     failed: Option<Failed>,
     /// Tells its keeper whether it is used; dropped, it ends the connection.
     busy: watch::Sender<bool>,
@@ -90,6 +93,7 @@ impl Apart {
             stop: self.stop.clone(),
             keepers: self.keepers.clone(),
             connection: Weak::new(),
+            closed: None,
             failed: None,
             busy: watch::Sender::new(false),
         }))
@@ -107,13 +111,13 @@ impl Own {
     /// The connection, opened anew after a loss. Where that fails, the next try is put off: whoever asks has more to do.
     async fn connection(&mut self) -> Result<Arc<BrokerConnection>, Away> {
         self.busy.send_replace(true);
-        if let Some(connection) = self.connection.upgrade() {
-            if connection.status().connected() {
-                return Ok(connection);
-            }
-            // It may have been the server.
+        let connection = self.connection.upgrade();
+        if let Some(connection) = connection.filter(|connection| connection.status().connected()) {
+            return Ok(connection);
+        }
+        if self.closed.take().is_some_and(|closed| !closed.load(Relaxed)) {
+            // It broke, and that may have been the server.
             self.connector.turn();
-            self.connection = Weak::new();
         }
         if let Some(failed) = self.failed.as_ref().filter(|failed| Instant::now() < failed.try_again) {
             return Err(failed.away.clone());
@@ -126,8 +130,10 @@ impl Own {
     }
 
     fn opened(&mut self, connection: Arc<BrokerConnection>) -> Arc<BrokerConnection> {
+        let closed = Arc::new(AtomicBool::new(false));
         (self.connection, self.failed) = (Arc::downgrade(&connection), None);
-        let keeper = keep(Arc::clone(&connection), self.busy.subscribe(), self.stop.clone());
+        self.closed = Some(Arc::clone(&closed));
+        let keeper = keep(Arc::clone(&connection), self.busy.subscribe(), closed, self.stop.clone());
         self.keepers.spawn(keeper);
         connection
     }
@@ -140,14 +146,23 @@ impl Own {
             tracing::warn!(reason, "cannot open a connection for messages that may break it; retrying");
         }
         let backoff = if away.configuration { CONFIGURATION_BACKOFF } else { OUTAGE_BACKOFF };
-        let rest = backoff.delay(tries).max(CONNECT_REST.after(took));
+        let more_addresses = !(tries as usize + 1).is_multiple_of(self.connector.addresses());
+        let rest = match more_addresses {
+            true => OUTAGE_BACKOFF.min,
+            false => backoff.delay(tries).max(CONNECT_REST.after(took)),
+        };
         self.failed = Some(Failed { away: away.clone(), tries, try_again: Instant::now() + rest });
         away
     }
 }
 
 /// Closes it when it is used no more.
-async fn keep(connection: Arc<BrokerConnection>, mut busy: watch::Receiver<bool>, stop: CancellationToken) {
+async fn keep(
+    connection: Arc<BrokerConnection>,
+    mut busy: watch::Receiver<bool>,
+    closed: Arc<AtomicBool>,
+    stop: CancellationToken,
+) {
     let until_unused = async {
         while connection.status().connected() {
             let is_busy = *busy.borrow_and_update();
@@ -158,5 +173,6 @@ async fn keep(connection: Arc<BrokerConnection>, mut busy: watch::Receiver<bool>
         }
     };
     let _ = stop.run_until_cancelled(until_unused).await;
+    closed.store(connection.status().connected(), Relaxed);
     connection.close("no longer needed").await;
 }
