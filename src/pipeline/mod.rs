@@ -74,8 +74,8 @@ fn worth_a_statement(max_in_flight: usize) -> usize {
 pub enum Work {
     /// Publish these; of each key in order.
     Publish(Vec<Row>),
-    /// Publish this on a connection of its own: others of its route have broken theirs.
-    TryApart(Box<Row>),
+    /// Publish each of these on a connection of its own: others of its route have broken theirs.
+    TryApart(Vec<Row>),
     /// This key may go on: its refused row is in the table and holds it back there, or all of its rows are back there.
     Resume(Arc<str>),
 }

@@ -150,7 +150,7 @@ impl<P: Publisher> Worker<P> {
             }
             let batch = self.queue.next_batch(self.batch_rows, self.batch_bytes);
             let Some(batch) = self.unless_in_vain(batch) else { continue };
-            let apart = batch.iter().any(|queued| queued.suspicion.is_apart());
+            let apart = matches!(batch.as_slice(), [queued] if queued.suspicion.is_apart());
             let stuck = self.publish(batch, apart).await;
             if self.cut.is_cancelled() {
                 return;
@@ -212,10 +212,12 @@ impl<P: Publisher> Worker<P> {
                 let now = Instant::now();
                 rows.into_iter().for_each(|row| self.accept_row(row, now));
             }
-            Work::TryApart(row) => {
-                // The log has its route.
-                self.remember_blamed(row.id);
-                self.push(*row, one_try(Instant::now()));
+            Work::TryApart(rows) => {
+                for row in rows {
+                    // The log has its route.
+                    self.remember_blamed(row.id);
+                    self.push(row, one_try(Instant::now()));
+                }
             }
         }
     }
@@ -440,6 +442,7 @@ impl<P: Publisher> Worker<P> {
     /// Whether it is news.
     fn remember_blamed(&mut self, id: i64) -> bool {
         if self.blamed.len() >= BLAMED_MAX
+            && !self.blamed.contains(&id)
             && let Some(any) = self.blamed.iter().next().copied()
         {
             self.blamed.remove(&any);

@@ -41,10 +41,8 @@ struct Refusing {
     refusals: u32,
     /// The log has it.
     told: bool,
-    /// The last refusal was that no answer came.
-    silent: bool,
-    /// That the connection broke.
-    breaks: bool,
+    /// Why it refused last.
+    fault: Fault,
     probes: u32,
     next_probe: Instant,
     /// On its way.
@@ -60,16 +58,18 @@ struct Probe {
 }
 
 impl Refusing {
-    fn new(now: Instant) -> Self {
-        Self {
-            refusals: 0,
-            told: false,
-            silent: false,
-            breaks: false,
-            probes: 0,
-            next_probe: now,
-            probe: None,
-        }
+    fn new(fault: Fault, now: Instant) -> Self {
+        Self { refusals: 0, told: false, fault, probes: 0, next_probe: now, probe: None }
+    }
+
+    /// No answer came.
+    fn silent(&self) -> bool {
+        self.fault == Fault::Silence
+    }
+
+    /// The connection broke.
+    fn breaks(&self) -> bool {
+        self.fault == Fault::Break
     }
 
     fn parked(&self) -> bool {
@@ -83,7 +83,7 @@ impl Refusing {
     /// The rest that a probe which ends now is followed by. What it waited for others is not its own time.
     fn end_probe(&mut self, now: Instant) -> Duration {
         let took = self.probe.take().map_or(Duration::ZERO, |probe| {
-            probe.read_in.filter(|_| !self.silent).unwrap_or_else(|| now - probe.since)
+            probe.read_in.filter(|_| !self.silent()).unwrap_or_else(|| now - probe.since)
         });
         PROBE_REST.after(took)
     }
@@ -115,10 +115,10 @@ impl Routes {
             return Parking::Unchanged;
         }
         let backoff = self.probe;
-        let state = self.refusing.entry(Arc::clone(route)).or_insert_with(|| Refusing::new(now));
+        let state = self.refusing.entry(Arc::clone(route)).or_insert_with(|| Refusing::new(fault, now));
         let was_parked = state.parked();
         state.refusals = state.refusals.saturating_add(1);
-        (state.silent, state.breaks) = (fault == Fault::Silence, fault == Fault::Break);
+        state.fault = fault;
         if probe {
             state.probes = state.probes.saturating_add(1);
             state.next_probe = now + backoff.delay(state.probes).max(state.end_probe(now));
@@ -141,7 +141,7 @@ impl Routes {
     pub fn delivered(&mut self, route: &Route) -> bool {
         let was = self.refusing.remove(route);
         // One row that broke connections, among others that do not: its own wait is right for it.
-        was.is_some_and(|state| !state.breaks || state.parked())
+        was.is_some_and(|state| !state.breaks() || state.parked())
     }
 
     /// A probe found no row to send: nothing waits there any more.
@@ -199,7 +199,7 @@ impl Routes {
 
     /// Its messages break connections.
     pub fn breaks(&self, route: &Route) -> bool {
-        self.refusing.get(route).is_some_and(|state| state.breaks)
+        self.refusing.get(route).is_some_and(Refusing::breaks)
     }
 
     /// The probe that was taken is so large.
@@ -213,8 +213,8 @@ impl Routes {
         if !self.may_probe() {
             return None;
         }
-        let one_is_silent = self.refusing.values().any(|state| state.silent && state.probe.is_some());
-        let in_turn = |state: &Refusing| state.waits_for_probe() && !(state.silent && one_is_silent);
+        let one_is_silent = self.refusing.values().any(|state| state.silent() && state.probe.is_some());
+        let in_turn = |state: &Refusing| state.waits_for_probe() && !(state.silent() && one_is_silent);
         let waiting = self.refusing.iter().filter(|(_, state)| in_turn(state));
         waiting.min_by_key(|(_, state)| state.next_probe)
     }

@@ -211,23 +211,21 @@ impl<S: Store> Poll<S> {
     }
 
     /// Notes rows and hands them over, but for those that are in flight.
-    pub(super) async fn send(&mut self, mut rows: Vec<Row>, worker: usize) {
-        rows.retain(|row| self.note(row, worker));
-        if !rows.is_empty() {
-            self.show_in_flight();
-            hand_over(&self.workers[worker], Work::Publish(rows)).await;
-        }
+    pub(super) async fn send(&mut self, rows: Vec<Row>, worker: usize) {
+        self.send_as(Work::Publish, rows, worker).await;
     }
 
     /// The same for a row that is to try its route.
     pub(super) async fn send_probe(&mut self, row: Row) {
-        let prober = self.prober();
-        if !self.routes.breaks(&row.route) {
-            return self.send(vec![row], prober).await;
-        }
-        if self.note(&row, prober) {
+        let work = if self.routes.breaks(&row.route) { Work::TryApart } else { Work::Publish };
+        self.send_as(work, vec![row], self.prober()).await;
+    }
+
+    async fn send_as(&mut self, work: fn(Vec<Row>) -> Work, mut rows: Vec<Row>, worker: usize) {
+        rows.retain(|row| self.note(row, worker));
+        if !rows.is_empty() {
             self.show_in_flight();
-            hand_over(&self.workers[prober], Work::TryApart(Box::new(row))).await;
+            hand_over(&self.workers[worker], work(rows)).await;
         }
     }
 

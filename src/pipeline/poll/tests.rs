@@ -52,8 +52,7 @@ impl Stage {
     pub fn handed_to(&mut self, worker: usize) -> Vec<i64> {
         let work = std::iter::from_fn(|| self.workers[worker].try_recv().ok());
         let ids = work.filter_map(|work| match work {
-            Work::Publish(rows) => Some(rows),
-            Work::TryApart(row) => Some(vec![*row]),
+            Work::Publish(rows) | Work::TryApart(rows) => Some(rows),
             Work::Resume(_) => None,
         });
         ids.flatten().map(|row| row.id).collect()

@@ -191,16 +191,22 @@ impl World {
 
     /// Waits until a count is this.
     pub async fn until(&self, sql: &str, expected: i64) {
-        self.until_count(&format!("{expected} = {sql}"), sql, |found| found == expected).await;
+        self.until_in(DEADLINE, sql, expected).await;
+    }
+
+    /// The same for what takes longer.
+    pub async fn until_in(&self, deadline: Duration, sql: &str, expected: i64) {
+        self.until_count(deadline, &format!("{expected} = {sql}"), sql, |found| found == expected).await;
     }
 
     /// Waits until a count has reached this.
     pub async fn until_at_least(&self, sql: &str, expected: i64) {
-        self.until_count(&format!("at least {expected} = {sql}"), sql, |found| found >= expected).await;
+        self.until_count(DEADLINE, &format!("at least {expected} = {sql}"), sql, |found| found >= expected)
+            .await;
     }
 
     /// Slow is not stuck: the deadline is for a count that does not move.
-    async fn until_count(&self, what: &str, sql: &str, reached: impl Fn(i64) -> bool) {
+    async fn until_count(&self, deadline: Duration, what: &str, sql: &str, reached: impl Fn(i64) -> bool) {
         let started = Instant::now();
         let (mut last, mut moved) = (None, started);
         let mut db = None;
@@ -220,8 +226,8 @@ impl World {
                 Some(_) => {}
                 None => db = None,
             }
-            assert!(moved.elapsed() < DEADLINE, "{last:?} for {DEADLINE:?}, waited for: {what}");
-            assert!(started.elapsed() < 10 * DEADLINE, "it moves, and never becomes: {what}");
+            assert!(moved.elapsed() < deadline, "{last:?} for {deadline:?}, waited for: {what}");
+            assert!(started.elapsed() < 10 * deadline, "it moves, and never becomes: {what}");
             // Looking must not become the load.
             tokio::time::sleep((begun.elapsed() * 4).max(Duration::from_millis(20))).await;
         }
