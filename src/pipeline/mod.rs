@@ -149,7 +149,7 @@ pub enum Settled {
         /// Row id.
         id: i64,
         /// What is to be written.
-        way: Way,
+        ending: Ending,
     },
 }
 
@@ -182,9 +182,9 @@ pub enum Fate {
     Fenced,
 }
 
-/// How far a row has come whose end is not written.
+/// The end of a row that is not written yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
+pub enum Ending {
     /// Confirmed and routed.
     Delivered,
     /// Never to be sent.

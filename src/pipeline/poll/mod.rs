@@ -20,7 +20,7 @@ use super::known::Known;
 use super::releases::Releases;
 use super::routes::Routes;
 use super::shards::Shards;
-use super::{Settled, Way, Work, hand_over, worth_a_statement};
+use super::{Ending, Settled, Work, hand_over, worth_a_statement};
 use crate::config::{Ordering, Settings};
 use crate::ownership::Holdings;
 use crate::retry::{Delays, Rest};
@@ -137,7 +137,7 @@ struct InFlight {
     /// What is settled was forgotten meanwhile, and with it what its mark is worth.
     forgotten: bool,
     /// Its end cannot be written for now.
-    aside: Option<Way>,
+    aside: Option<Ending>,
 }
 
 impl<S: Store> Poll<S> {

@@ -1,7 +1,7 @@
 //! A settled row frees its place, and what became of it is learned.
 
 use super::{InFlight, Poll};
-use crate::pipeline::{Fate, Settled, Way, Work, hand_over};
+use crate::pipeline::{Ending, Fate, Settled, Work, hand_over};
 use crate::sink::Fault;
 use crate::store::{Lease, Store};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ impl<S: Store> Poll<S> {
         for settled in settled {
             match settled {
                 Settled::Ended { id, fate } => self.settle(id, fate).await,
-                Settled::Aside { id, way } => self.set_aside(id, way).await,
+                Settled::Aside { id, ending } => self.set_aside(id, ending).await,
             }
         }
         self.show_in_flight();
@@ -92,17 +92,17 @@ impl<S: Store> Poll<S> {
     /// The row keeps its place and is not read again. Its bytes are gone, its shard can be given back, and its route can be
     /// tried by others. Its key goes on, unless it is to be sent again: then only its worker holds the key, until its wait is
     /// written.
-    async fn set_aside(&mut self, id: i64, way: Way) {
+    async fn set_aside(&mut self, id: i64, ending: Ending) {
         let Some(row) = self.in_flight.get_mut(&id).filter(|row| row.aside.is_none()) else { return };
-        row.aside = Some(way);
+        row.aside = Some(ending);
         let (lease, bytes) = (row.lease, std::mem::take(&mut row.bytes));
         let (refusing, probe) = (row.refusing.take(), std::mem::take(&mut row.probe));
-        let key = if way == Way::Unsent { None } else { row.key.take() };
+        let key = if ending == Ending::Unsent { None } else { row.key.take() };
         self.aside += 1;
         self.bytes_in_flight -= bytes;
         self.shards.settled(lease);
         match refusing {
-            Some(route) if way == Way::Delivered => self.route_works(route),
+            Some(route) if ending == Ending::Delivered => self.route_works(route),
             refusing => self.end_probe(refusing, probe),
         }
         if let Some(key) = key {
@@ -113,7 +113,7 @@ impl<S: Store> Poll<S> {
 
     /// A shard is given back while rows of it are sent and not marked.
     pub(super) fn tell_repeats(&self, lease: Lease) {
-        let repeats = |row: &&InFlight| row.lease == lease && row.aside == Some(Way::Delivered);
+        let repeats = |row: &&InFlight| row.lease == lease && row.aside == Some(Ending::Delivered);
         let rows = self.in_flight.values().filter(repeats).count();
         if rows > 0 {
             self.metrics.possible_duplicates.inc_by(rows as u64);
@@ -197,8 +197,8 @@ mod tests {
         poll.send(vec![sent, unsent], 0).await;
         assert!(!poll.nothing_moves());
         for _ in 0..2 {
-            poll.set_aside(1, Way::Delivered).await;
-            poll.set_aside(2, Way::Unsent).await;
+            poll.set_aside(1, Ending::Delivered).await;
+            poll.set_aside(2, Ending::Unsent).await;
         }
         assert_eq!((poll.in_flight.len(), poll.aside, poll.bytes_in_flight), (2, 2, 0));
         assert!(poll.nothing_moves(), "a row that needs all the bytes may be read");
@@ -215,7 +215,7 @@ mod tests {
     /// Whether the mark of its probe can be written says nothing of a route.
     #[tokio::test]
     async fn a_probe_that_stands_aside_does_not_leave_its_route_parked() {
-        for (way, parked) in [(Way::Delivered, 0), (Way::Unsent, 1)] {
+        for (ending, parked) in [(Ending::Delivered, 0), (Ending::Unsent, 1)] {
             let mut stage = stage();
             let (poll, row) = (&mut stage.poll, plain_row(1));
             for _ in 0..3 {
@@ -226,7 +226,7 @@ mod tests {
             let prober = poll.prober();
             poll.send(vec![row], prober).await;
             assert!(poll.routes.next_probe().is_none(), "one is on its way");
-            poll.set_aside(1, way).await;
+            poll.set_aside(1, ending).await;
             assert_eq!(poll.routes.parked().len(), parked);
             assert_eq!(poll.routes.next_probe().is_some(), parked == 1, "it is tried again");
         }
@@ -241,7 +241,7 @@ mod tests {
         for row in rows {
             let (id, route, reason) = (row.id, row.route, "full".into());
             let refused = Fate::Waiting { route, reason, fault: Fault::Destination };
-            stage.poll.set_aside(id, Way::Unsent).await;
+            stage.poll.set_aside(id, Ending::Unsent).await;
             stage.poll.settle(id, refused).await;
         }
         assert!(stage.poll.in_flight.is_empty() && stage.poll.routes.parked().is_empty());

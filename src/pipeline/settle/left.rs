@@ -3,7 +3,7 @@
 
 use super::settlement;
 use crate::mutants::mutant;
-use crate::pipeline::{End, Outcome, Way};
+use crate::pipeline::{End, Ending, Outcome};
 use crate::retry::Delays;
 use crate::store::{Dead, Settlement, StoreError, Trouble, Waiting};
 use std::collections::HashSet;
@@ -95,7 +95,7 @@ pub(super) struct Left {
     /// The last row that was rejected, and why.
     rejection: Option<(i64, StoreError)>,
     /// What poll has not been told yet.
-    news: Vec<(i64, Way)>,
+    news: Vec<(i64, Ending)>,
     /// What it has been told.
     told: HashSet<i64>,
     /// Somebody has locked rows, so others are not to be kept waiting for them.
@@ -127,14 +127,14 @@ impl Left {
     }
 
     /// Rows that have come to stand aside, each once.
-    pub(super) fn take_news(&mut self) -> Vec<(i64, Way)> {
+    pub(super) fn take_news(&mut self) -> Vec<(i64, Ending)> {
         std::mem::take(&mut self.news)
     }
 
     fn note(&mut self, outcomes: &[Outcome]) {
         let told = &mut self.told;
         let news = outcomes.iter().filter(|outcome| told.insert(outcome.id));
-        self.news.extend(news.map(|outcome| (outcome.id, way_of(outcome))));
+        self.news.extend(news.map(|outcome| (outcome.id, ending_of(outcome))));
     }
 
     fn rows(&self) -> impl Iterator<Item = &Outcome> {
@@ -230,11 +230,11 @@ impl Left {
     }
 }
 
-fn way_of(outcome: &Outcome) -> Way {
+fn ending_of(outcome: &Outcome) -> Ending {
     match outcome.end {
-        End::Delivered { .. } => Way::Delivered,
-        End::Dead { .. } => Way::Dead,
-        End::Wait { .. } | End::Released { .. } | End::Fenced => Way::Unsent,
+        End::Delivered { .. } => Ending::Delivered,
+        End::Dead { .. } => Ending::Dead,
+        End::Wait { .. } | End::Released { .. } | End::Fenced => Ending::Unsent,
     }
 }
 
@@ -340,7 +340,7 @@ mod tests {
         assert!(left.due().is_some());
         assert_eq!(
             left.take_news(),
-            [(1, Way::Unsent), (5, Way::Delivered), (2, Way::Unsent), (6, Way::Unsent)]
+            [(1, Ending::Unsent), (5, Ending::Delivered), (2, Ending::Unsent), (6, Ending::Unsent)]
         );
         let again = left.locked.take();
         assert!(left.keep_locked(again, &[1, 5]).is_empty());

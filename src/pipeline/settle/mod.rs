@@ -101,7 +101,7 @@ impl<S: Store> Settle<S> {
             }
             let aside = self.left.take_news();
             if !aside.is_empty() {
-                let settled = aside.into_iter().map(|(id, way)| Settled::Aside { id, way });
+                let settled = aside.into_iter().map(|(id, ending)| Settled::Aside { id, ending });
                 hand_over(&self.output, settled.collect()).await;
             }
             if answered {
@@ -335,7 +335,7 @@ pub fn settlement(outcomes: &[Outcome]) -> Settlement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::Way;
+    use crate::pipeline::Ending;
     use crate::sink::Fault;
     use crate::store::memory::{MemoryStore, plain_row};
     use tokio::task::JoinHandle;
@@ -416,7 +416,7 @@ mod tests {
         );
         assert!(settled.iter().all(certain), "{settled:?}");
         let aside = stage.settled().await;
-        assert!(matches!(aside[..], [Settled::Aside { id: 2, way: Way::Delivered }]), "{aside:?}");
+        assert!(matches!(aside[..], [Settled::Aside { id: 2, ending: Ending::Delivered }]), "{aside:?}");
         assert_eq!(stage.end().await.expect_err("one is locked").rows, 1);
     }
 
@@ -431,7 +431,7 @@ mod tests {
         let aside = stage.settled().await;
         assert_eq!(aside.len(), 1 + APART_FROM);
         assert!(
-            aside.iter().all(|settled| matches!(settled, Settled::Aside { way: Way::Unsent, .. })),
+            aside.iter().all(|settled| matches!(settled, Settled::Aside { ending: Ending::Unsent, .. })),
             "{aside:?}"
         );
         tokio::time::sleep(Duration::from_secs(60)).await;
