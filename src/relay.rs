@@ -1,7 +1,7 @@
 //! The assembly: opens channels, spawns stages, watches over them, stops them in order.
 //!
 //! Stopping has two steps. The signal ends the reading alone; workers end because their input ends, settle
-//! because theirs does, `poll` because nothing is in flight any more. When the grace period is over, waiting for
+//! because theirs does, `poll` because `settle` has. When the grace period is over, waiting for
 //! the broker or the database is cut short; what was confirmed by then is still written if the database can be
 //! reached.
 

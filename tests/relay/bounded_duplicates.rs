@@ -54,6 +54,7 @@ async fn stopped_fifty_times_under_load_it_repeats_nothing() {
         let before = pending().await;
         let relay = world.process(&[]).await;
         relay.until_owner().await;
+        relay.ready().await;
         tokio::time::sleep(Duration::from_millis(rng.u64(0..150))).await;
         let begun = std::time::Instant::now();
         let status = relay.terminate().await;

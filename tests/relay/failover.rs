@@ -144,8 +144,11 @@ async fn a_row_with_the_id_of_a_lost_one_is_not_taken_for_it() {
     pair.standby_has(DELIVERED, 100).await;
     pair.world.servers().control("detach", "standby").await;
     // Rows nobody can mark, because somebody holds them: confirmed, they stay in the relay's memory.
-    pair.world.sql("insert into outbox (routing_key, payload, available_at) select 'ok.1', '1', clock_timestamp() + interval '2 s' from generate_series(1, 100)").await;
+    pair.world.sql("insert into outbox (routing_key, payload, available_at) select 'ok.1', '1', clock_timestamp() + interval '1 hour' from generate_series(1, 100)").await;
     let mut holder = pair.world.db().await;
+    pair.world
+        .sql("update outbox set available_at = clock_timestamp() + interval '2 s' where id > 100")
+        .await;
     sqlx::raw_sql("begin; select from outbox where id > 100 for update")
         .execute(&mut holder)
         .await

@@ -2,7 +2,7 @@
 //! queue or vhost. Each ends with all promises checked.
 
 use crate::support::world::Allowed;
-use crate::support::{World, eventually};
+use crate::support::{PATIENT, World, eventually};
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -54,6 +54,8 @@ async fn a_queue_that_is_deleted_loses_what_it_held_and_no_more() {
     world.write(5_000, 50).await;
     world.until_at_least_delivered(1_000).await;
     let held = world.delete_queue().await;
+    // Whatever was left of the others by then.
+    world.write(100, 50).await;
     eventually("rows wait for a queue", async || relay.metric("waiting_messages").await > 0.0).await;
     let marked: HashSet<i64> = world.ids("select id from outbox where delivered_at is not null").await;
     world.declare().await;
@@ -181,7 +183,7 @@ async fn one_key_no_key_and_a_key_for_each_row() {
             ))
             .await;
     }
-    let (first, second) = (world.process(&[]).await, world.process(&[]).await);
+    let (first, second) = (world.process(&PATIENT).await, world.process(&PATIENT).await);
     world.drained().await;
     assert!(first.terminate().await.success() && second.terminate().await.success());
     world.finish(Allowed::default()).await;

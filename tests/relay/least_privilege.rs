@@ -100,8 +100,11 @@ async fn the_relay_does_all_its_work_with_its_grants_and_nothing_else() {
     world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 1).await;
     world.until_delivered(0).await;
     world.until("select count(*) from outbox", 2).await;
-    let health = relay.health().await;
-    assert_eq!((health.database.state.as_str(), health.dead, health.pending), ("up", Some(1), Some(1)));
+    eventually("health has counted them", async || {
+        let health = relay.health().await;
+        health.database.state == "up" && (health.dead, health.pending) == (Some(1), Some(1))
+    })
+    .await;
     relay.stop().await.expect("clean stop");
     // Marked by deletion.
     world.write(100, 5).await;

@@ -4,7 +4,7 @@
 use crate::support::proxy::{Link, Proxy};
 use crate::support::scripted::ScriptedSink;
 use crate::support::world::{Allowed, RunningRelay, without_servers};
-use crate::support::{RelayProcess, World, eventually, rng};
+use crate::support::{PATIENT, RelayProcess, World, eventually, rng};
 use outbox_relay::sink::{Fault, Refusal};
 use outbox_relay::store::Row;
 use outbox_relay::store::memory::{MemoryStore, plain_row};
@@ -74,17 +74,15 @@ async fn backlog(world: &World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn replicas_that_come_and_go_in_order_repeat_nothing() {
     let world = World::new().await;
-    // Whoever is stopped by the machine for two seconds, the usual time here, loses its leases.
-    let patient = [("OUTBOX_LEASE_TTL", "10s")];
     // Enough that rows of every shard are in flight whenever one changes hands.
     let load = Load::start(&world, 50);
-    let first = world.process(&patient).await;
+    let first = world.process(&PATIENT).await;
     eventually("one alone owns everything", async || first.owned().await == Some(SHARDS)).await;
     backlog(&world).await;
-    let second = world.process(&patient).await;
+    let second = world.process(&PATIENT).await;
     shared(&[&first, &second]).await;
     backlog(&world).await;
-    let third = world.process(&patient).await;
+    let third = world.process(&PATIENT).await;
     shared(&[&first, &second, &third]).await;
     let begun = Instant::now();
     assert!(first.terminate().await.success());
@@ -105,12 +103,12 @@ async fn a_shard_that_is_handed_over_has_nothing_under_way() {
     let world = World::new().await;
     let proxy = Proxy::to(&world.servers().amqp_url).await;
     let url = proxy.url(&world.servers().amqp_url);
-    let slow = world.process(&[("AMQP_URL", &url)]).await;
+    let slow = world.process(&[("AMQP_URL", url.as_str()), PATIENT[0]]).await;
     slow.until_owner().await;
     proxy.set(Link::Delay(Duration::from_millis(400)));
     backlog(&world).await;
     world.until_at_least_delivered(100).await;
-    let quick = world.process(&[]).await;
+    let quick = world.process(&PATIENT).await;
     shared(&[&slow, &quick]).await;
     proxy.set(Link::Pass);
     world.drained().await;

@@ -1,7 +1,7 @@
 //! Promise 7: a row that can never be delivered is set aside with its reason; nobody waits for it.
 
 use crate::support::world::Allowed;
-use crate::support::{DEADLINE, World, eventually};
+use crate::support::{DEADLINE, SLEEPS, World, eventually};
 
 /// Poison among good rows of the same key: only the poison is dead, each with a reason for people.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -456,8 +456,8 @@ async fn a_route_that_cannot_be_probed_in_time_drains_when_it_works() {
              alter table outbox enable row level security, force row level security",
         )
         .await;
-    // A probe that had begun before may still be on its way.
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    // From the second probe on, looking for a row takes too long.
+    world.until_at_least(SLEEPS, 1).await;
     world.bind("lost.#").await;
     world.drained().await;
     relay.stop().await.expect("clean stop");

@@ -3,7 +3,7 @@
 
 use crate::support::process::run;
 use crate::support::world::Allowed;
-use crate::support::{World, eventually};
+use crate::support::{PATIENT, World, eventually};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, Executor, PgConnection, Row};
 use std::collections::HashSet;
@@ -31,7 +31,7 @@ async fn backends(url: &str) -> HashSet<i32> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_works_whatever_connection_a_transaction_gets() {
     let (world, url) = World::behind_pgbouncer().await;
-    let settings = [("DATABASE_URL", url.as_str()), POOLED, ("OUTBOX_RETENTION", "1s")];
+    let settings = [("DATABASE_URL", url.as_str()), POOLED, PATIENT[0], ("OUTBOX_RETENTION", "1s")];
     let relays = [world.relay(&settings).await, world.relay(&settings).await];
     for relay in &relays {
         eventually("it owns its half", async || relay.health().await.ownership.owned == 8).await;

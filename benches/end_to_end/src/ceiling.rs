@@ -5,7 +5,7 @@ use crate::measures::{Against, Drain};
 use crate::raw::{self, SHAPES, Shape};
 use crate::stand::{NAME, Stand};
 use crate::stats::Spread;
-use crate::stolen::Stolen;
+use crate::stolen::{self, Stolen};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::process::Stdio;
@@ -14,6 +14,8 @@ use tokio::process::Command;
 
 /// How often each shape is tried, by turns with the others: rates waver by more than shapes differ.
 const TRIALS: usize = 3;
+/// How often at most where neighbours disturb it.
+const TRIALS_MAX: usize = 6;
 
 /// What a raw publisher took.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +49,8 @@ pub struct Trial {
     #[serde(flatten)]
     shape: Shape,
     rates: Vec<f64>,
+    /// Beside what the host had stolen too much.
+    disturbed_rates: Vec<f64>,
 }
 
 /// The best shapes. Each is found before the first drain of such messages, and then measured anew in each round, since the
@@ -93,12 +97,17 @@ impl Ceilings {
 
     /// With as many messages as the drain has rows: what is best for few is not for many.
     async fn best(&mut self, stand: &Stand, drain: &Drain, messages: Messages) -> Result<Shape> {
-        let mut trials: Vec<_> =
-            SHAPES.map(|shape| Trial { messages, shape, rates: Vec::new() }).into_iter().collect();
-        for _ in 0..self.trials {
-            for trial in &mut trials {
+        let mut trials: Vec<_> = SHAPES
+            .map(|shape| Trial { messages, shape, rates: Vec::new(), disturbed_rates: Vec::new() })
+            .into();
+        for turn in 0..TRIALS_MAX {
+            for trial in trials.iter_mut().filter(|trial| trial.rates.len() < self.trials) {
                 let sent = publish(stand, drain, trial.shape, drain.rows).await?;
-                trial.rates.push(sent.rate);
+                let last = turn + self.trials.saturating_sub(trial.rates.len()) >= TRIALS_MAX;
+                match stolen::is_too_much(sent.stolen) && !last {
+                    true => trial.disturbed_rates.push(sent.rate),
+                    false => trial.rates.push(sent.rate),
+                }
             }
         }
         let best = best_of(&trials).context("no shapes")?;
@@ -148,8 +157,12 @@ mod tests {
     #[test]
     fn the_best_shape_is_that_of_the_best_median() {
         let messages = Messages { queue: "quorum", bytes: 500, round_trip: Duration::ZERO, apart: false };
-        let trial =
-            |place: usize, rates: &[f64]| Trial { messages, shape: SHAPES[place], rates: rates.to_vec() };
+        let trial = |place: usize, rates: &[f64]| Trial {
+            messages,
+            shape: SHAPES[place],
+            rates: rates.to_vec(),
+            disturbed_rates: Vec::new(),
+        };
         // One lucky trial does not make a shape the best.
         let trials =
             [trial(0, &[10.0, 99.0, 11.0]), trial(1, &[12.0, 12.0, 13.0]), trial(2, &[9.0, 12.0, 11.0])];

@@ -51,7 +51,10 @@ impl<'a> Drained<'a> {
             raw = self.raw_if(shape).await?;
         }
         let mut sample = self.figures(&drained, raw.as_ref());
-        sample.extend(fresh.map(|fresh| (AGAINST_FRESH, "", drained.rate / fresh.rate)));
+        if let Some(fresh) = fresh {
+            sample.push((AGAINST_FRESH, "", drained.rate / fresh.rate));
+            sample.extend(stolen::figure("stolen by the host, fresh table", fresh.stolen));
+        }
         if !self.drain.round_trip.is_zero() {
             sample.push(("round trip to the broker", "ms", self.round_trip_ms().await?));
         }

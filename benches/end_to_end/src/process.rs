@@ -1,7 +1,7 @@
 //! A relay as a child process.
 
 use anyhow::{Context, Result, ensure};
-use outbox_relay_chaos::relays::{Registry, get};
+use outbox_relay_chaos::relays::{Registry, get, mark};
 use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
@@ -33,7 +33,12 @@ impl Relay {
         let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let log = std::fs::File::options().create(true).append(true).open(log)?;
         let mut command = Command::new(binary);
-        command.arg("run").env_clear().envs(settings).env("OUTBOX_HTTP_LISTEN", address.to_string());
+        command
+            .arg("run")
+            .env_clear()
+            .envs(settings)
+            .env("OUTBOX_HTTP_LISTEN", address.to_string())
+            .envs(mark());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
         let started = Instant::now();
         let child = command.spawn().with_context(|| format!("{} does not run", binary.display()))?;

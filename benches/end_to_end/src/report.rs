@@ -4,7 +4,7 @@ use crate::ceiling::Trial;
 use crate::cli::Options;
 use crate::measures::{Goal, Measure, P99_OF_ALL};
 use crate::plot;
-use crate::run::Sample;
+use crate::run::{Sample, Taken};
 use crate::stand::Stand;
 use crate::stats::Spread;
 use anyhow::{Context, Result, ensure};
@@ -51,6 +51,8 @@ pub struct Measured {
     pub rounds: usize,
     /// Its figures.
     pub figures: Vec<Figure>,
+    /// Rounds that do not count: the host had stolen too much.
+    pub disturbed: Vec<Sample>,
     /// Why there are not as many rounds as there should be.
     pub failure: Option<String>,
     #[serde(skip)]
@@ -59,9 +61,11 @@ pub struct Measured {
 
 impl Measured {
     /// From its rounds.
-    pub fn new(measure: &Measure, samples: &[Sample], failure: Option<String>) -> Self {
+    pub fn new(measure: &Measure, taken: Taken, failure: Option<String>) -> Self {
         let Measure { name, about, goals, .. } = *measure;
-        let mut measured = Self { name, about, rounds: samples.len(), figures: Vec::new(), failure, goals };
+        let Taken { rounds: samples, disturbed } = taken;
+        let mut measured =
+            Self { name, about, rounds: samples.len(), figures: Vec::new(), disturbed, failure, goals };
         for (name, unit, _) in samples.last().into_iter().flatten() {
             let of = |sample: &Sample| Some(sample.iter().find(|(of, _, _)| of == name)?.2);
             let mut rounds: Vec<f64> = samples.iter().filter_map(of).collect();
@@ -175,6 +179,10 @@ impl Report {
             }
             for (place, figure) in measured.figures.iter().enumerate() {
                 let name = if place == 0 { measured.name } else { "" };
+                let again = match measured.disturbed.len() {
+                    again if again > 0 && place == 0 => format!(", {again} more disturbed"),
+                    _ => String::new(),
+                };
                 let Figure { spread, unit, .. } = figure;
                 let reached = match figure.reached {
                     Some(true) => "reached",
@@ -183,7 +191,7 @@ impl Report {
                 };
                 let _ = writeln!(
                     text,
-                    "| {name} | {} | {} {unit} | {} – {} | {} | {} | {reached} |",
+                    "| {name} | {} | {} {unit} | {} – {} | {}{again} | {} | {reached} |",
                     figure.name,
                     digits(spread.median),
                     digits(spread.min),

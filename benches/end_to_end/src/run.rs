@@ -4,7 +4,7 @@ use crate::ceiling::Ceilings;
 use crate::cli::Options;
 use crate::drain::Drained;
 use crate::latency::AllRounds;
-use crate::measures::{Drain, Keys, Kind, Measure, Past};
+use crate::measures::{Drain, Keys, Kind, Measure, Past, Size};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
 use crate::stolen::{self, Stolen};
@@ -43,11 +43,12 @@ pub async fn run(options: Options) -> Result<()> {
     for (place, measure) in options.measures.iter().enumerate() {
         let progress =
             Progress { name: measure.name, place, of: options.measures.len(), begun: Instant::now() };
-        let (samples, ended) = take(&stand, measure, &options, &progress, &mut ceilings).await;
+        let mut taken = Taken::default();
+        let ended = take(&stand, measure, &options, &progress, &mut ceilings, &mut taken).await;
         // What was measured is worth as much beside what failed.
         let failure = ended.err().map(|error| format!("{error:#}"));
         progress.done(failure.as_deref());
-        report.measures.push(Measured::new(measure, &samples, failure));
+        report.measures.push(Measured::new(measure, taken, failure));
         report.trials.append(&mut ceilings.take_tried());
         report.seconds = begun.elapsed().as_secs_f64();
         // Now, since a run takes long and may be ended before its end.
@@ -66,6 +67,15 @@ pub async fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
+/// The rounds of a measure.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Those that count.
+    pub rounds: Vec<Sample>,
+    /// Those that were taken again, since the host had stolen too much.
+    pub disturbed: Vec<Sample>,
+}
+
 /// All rounds, or those before the one that failed.
 async fn take(
     stand: &Stand,
@@ -73,29 +83,34 @@ async fn take(
     options: &Options,
     progress: &Progress,
     ceilings: &mut Ceilings,
-) -> (Vec<Sample>, Result<()>) {
+    taken: &mut Taken,
+) -> Result<()> {
     let rounds = options.rounds(measure);
-    let mut samples = Vec::new();
+    // Neighbours may be busy all day.
+    let again_max = if options.quick || measure.size == Size::Long { 0 } else { 2 * rounds };
     let mut drained = match measure.kind {
         Kind::Drain(drain) => Some(Drained::new(stand, measure.name, scaled(drain, options.quick), ceilings)),
         _ => None,
     };
-    let mut all = match latency::histogram() {
-        Ok(all) => all,
-        Err(error) => return (samples, Err(error)),
-    };
-    for round in 1..=rounds {
-        progress.tell(&format!("round {round} of {rounds}"));
+    let mut all = latency::histogram()?;
+    while taken.rounds.len() < rounds {
+        let (round, again) = (taken.rounds.len() + 1, taken.disturbed.len());
+        let so_far = if again > 0 { format!(", {again} taken again") } else { String::new() };
+        progress.tell(&format!("round {round} of {rounds}{so_far}"));
+        let before = all.clone();
         let sample = match &mut drained {
             Some(drained) => drained.round(round).await,
             None => take_other(stand, measure, round, options.quick, &mut all).await,
         };
-        match sample {
-            Ok(sample) => samples.push(sample),
-            Err(error) => return (samples, Err(error.context(format!("round {round}")))),
+        let sample = sample.with_context(|| format!("round {round}"))?;
+        if stolen::disturbed(&sample) && again < again_max {
+            taken.disturbed.push(sample);
+            all = before;
+        } else {
+            taken.rounds.push(sample);
         }
     }
-    (samples, Ok(()))
+    Ok(())
 }
 
 async fn take_other(
@@ -107,6 +122,7 @@ async fn take_other(
 ) -> Result<Sample> {
     let name = &format!("{}_{round}", measure.name);
     let seconds = |normal, short| Duration::from_secs(if quick { short } else { normal });
+    stand.rest().await;
     let stolen = Stolen::from_now();
     let mut sample = match measure.kind {
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),

@@ -81,11 +81,11 @@ pub struct Stand {
 
 impl Stand {
     /// Starts the servers in `dir`.
-    pub async fn start(script: &Path, relay: &Path, dir: &Path) -> Result<Self> {
+    pub async fn start(script: &Path, built: &Path, dir: &Path) -> Result<Self> {
         ensure!(
-            relay.is_file(),
+            built.is_file(),
             "there is no relay at {}: build it, or name it with --relay",
-            relay.display()
+            built.display()
         );
         std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let lock =
@@ -107,12 +107,16 @@ impl Stand {
         let mut db = superuser(&servers, "postgres").await?;
         db.execute("create extension if not exists pg_stat_statements").await?;
         let pids = server_pids(&servers).await?;
-        let relays = Registry::new(dir, relay)?;
+        // Whoever builds meanwhile does not change what is measured.
+        let relay = dir.join("relay");
+        let _ = std::fs::remove_file(&relay);
+        std::fs::copy(built, &relay).with_context(|| format!("cannot copy {}", built.display()))?;
+        let relays = Registry::new(dir, &relay)?;
         let postgres: String = sqlx::query_scalar("show server_version").fetch_one(&mut db).await?;
         let versions = (postgres, servers.rabbitmqctl(&["version"]).await?.trim().to_owned());
         let status = std::fs::read_to_string("/proc/self/status")?;
         let cores = allowed_cores(&status).context("/proc/self/status names no cores")?;
-        let (relay, dir) = (relay.to_owned(), dir.to_owned());
+        let dir = dir.to_owned();
         Ok(Self { servers, pids, cores, versions, relays, relay, dir, _lock: lock })
     }
 
@@ -133,6 +137,8 @@ impl Stand {
         let mut db = self.superuser("postgres").await?;
         // It counts so many different statements and no more; those of ended databases are many.
         db.execute("select pg_stat_statements_reset()").await?;
+        // A run that ended with the machine has left its own.
+        db.execute(AssertSqlSafe(format!("drop database if exists {database} with (force)"))).await?;
         db.execute(AssertSqlSafe(format!("create database {database} owner outbox"))).await?;
         let (url, _) = self.servers.database_url.rsplit_once('/').context("no database in the URL")?;
         let place = Place { stand: self, database_url: format!("{url}/{database}"), database };

@@ -213,7 +213,7 @@ impl<S: Store> Poll<S> {
             };
             match self.pulse.beat_during(event).await {
                 Some(Some(settled)) => self.settle_all(settled).await,
-                // Settle has ended, and so has everything that was in flight.
+                // Settle has ended: nothing more comes back.
                 Some(None) => return,
                 None => {}
             }
@@ -236,14 +236,15 @@ impl<S: Store> Poll<S> {
             };
             match found {
                 Found::More => continue,
-                Found::TooLarge => {
+                // Its turn comes when something is settled.
+                Found::TooLarge if !self.in_flight.is_empty() => {
                     if self.next_event().await.is_err() {
                         return;
                     }
                     continue;
                 }
                 Found::Some => pause = PAUSE_MIN,
-                Found::Nothing => pause *= 2,
+                Found::Nothing | Found::TooLarge => pause *= 2,
             }
             pause = pause.min(self.longest_pause());
             let until_duty = self.next_duty().saturating_duration_since(Instant::now()).max(PAUSE_MIN);

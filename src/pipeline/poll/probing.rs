@@ -48,7 +48,8 @@ impl<S: Store> Poll<S> {
         let begun = Instant::now();
         let released = self.pulse.beat_during(self.store.release(&route, rows)).await;
         let (took, now) = (begun.elapsed(), Instant::now());
-        if let Err(StoreError { trouble: Trouble::Rejected, sentence }) = &released {
+        // Of these rows; if it is of the table, the next read meets it, too.
+        if let Err(StoreError { trouble: Trouble::Rejected | Trouble::Configuration, sentence }) = &released {
             self.releases.end(&route, took, now);
             tracing::warn!(
                 exchange = route.exchange,

@@ -164,12 +164,25 @@ impl<P: Publisher> Worker<P> {
                     if stuck_batches == 0 {
                         tracing::warn!(reason, "a batch came back unsent or unanswered; sending it again");
                     }
-                    let pause = OUTAGE_BACKOFF.delay(stuck_batches);
+                    self.pause_after(stuck_batches).await;
                     stuck_batches = stuck_batches.saturating_add(1);
-                    self.pulse.beat_during(tokio::time::sleep(pause)).await;
                 }
             }
         }
+    }
+
+    /// The longer the more batches were stuck, but a stop is not slept through: it may be that nobody waits for the broker then.
+    async fn pause_after(&mut self, stuck_batches: u32) {
+        let stopping = self.stopping.clone();
+        let tries = if stopping.is_cancelled() { 0 } else { stuck_batches };
+        let pause = tokio::time::sleep(OUTAGE_BACKOFF.delay(tries));
+        let pause = async {
+            match stopping.is_cancelled() {
+                true => pause.await,
+                false => _ = stopping.run_until_cancelled(pause).await,
+            }
+        };
+        self.pulse.beat_during(pause).await;
     }
 
     /// Takes in what has come; waits if there is nothing to do. False when the input has ended and
@@ -358,5 +371,51 @@ impl<P: Publisher> Worker<P> {
         if let Some(row) = self.queue.suspend(queued, suspension) {
             self.give_back_unsent(&row);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::Holdings;
+    use crate::sink::{Away, Refusal};
+    use crate::store::memory::plain_row;
+
+    /// Nothing gets through, and it counts.
+    struct Unreachable(watch::Sender<usize>);
+
+    impl Publisher for Unreachable {
+        async fn publish(&mut self, batch: &[Row], _: &Permit, _: &CancellationToken) -> Vec<Verdict> {
+            self.0.send_modify(|tries| *tries += 1);
+            batch.iter().map(|_| Err(Refusal::new(Fault::Outage, "not connected"))).collect()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_does_not_sleep_through_a_long_pause() {
+        let (work, input) = mpsc::channel(1);
+        let (output, _outcomes) = mpsc::channel(1);
+        let (sink, sink_in) = watch::channel(SinkState::Ready);
+        let (tries, mut tried) = watch::channel(0);
+        let (_holdings, holdings) = watch::channel(Holdings::everything(4));
+        let stopping = CancellationToken::new();
+        let ends = Ends {
+            input,
+            output,
+            publisher: Unreachable(tries.clone()),
+            apart: Unreachable(tries),
+            sink: sink_in,
+            permit: Permit::new(holdings),
+        };
+        let (settings, cut) = (Settings::plain(), CancellationToken::new());
+        let worker = Worker::new(ends, &settings, stopping.clone(), cut, Instruments::unseen());
+        let worker = tokio::spawn(worker.run());
+        work.send(Work::Publish(vec![plain_row(1)])).await.expect("a worker");
+        tried.wait_for(|tries| *tries == 20).await.expect("a worker");
+        let begun = tokio::time::Instant::now();
+        sink.send_replace(SinkState::Away(Away::outage("gone")));
+        stopping.cancel();
+        worker.await.expect("no panic");
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
     }
 }

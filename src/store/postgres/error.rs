@@ -62,13 +62,17 @@ fn by_code(code: &str, message: &str) -> Trouble {
         "0A000" if message.contains("cached plan") => Trouble::Contention,
         // "cannot set transaction read-write mode during recovery", and 25006: a standby.
         "0A000" | "25006" => Trouble::Outage,
+        // The policy of a row; a missing grant has the same code.
+        "42501" if message.contains("row-level security policy") => Trouble::Rejected,
         _ => match code.get(..2) {
             // Login, database, schema; grants, missing or renamed objects, wrong types.
             Some("28" | "3D" | "3F" | "42") => Trouble::Configuration,
-            // Data, constraint, check option, program limit, PL/pgSQL: what is written of some row is at fault.
-            Some("22" | "23" | "44" | "54" | "P0") => Trouble::Rejected,
-            // Connection lost, shutting down, out of resources, disk full, I/O error, anything new.
-            _ => Trouble::Outage,
+            // Connection lost; state of the transaction; other reasons to roll back; out of resources, disk full; object in
+            // use; shutting down; I/O error; settings file; internal error.
+            Some("08" | "25" | "40" | "53" | "55" | "57" | "58" | "F0" | "XX") | None => Trouble::Outage,
+            // Data, constraint, limit, and whatever a trigger of somebody's may raise, with a code of its own: what is written
+            // of some row is at fault.
+            Some(_) => Trouble::Rejected,
         },
     }
 }
@@ -83,7 +87,9 @@ mod tests {
 
     #[test]
     fn codes_lead_to_the_action_of_the_failure_table() {
-        for code in ["57P01", "57P03", "08006", "53300", "53100", "25006", "58030", "XX000"] {
+        for code in
+            ["57P01", "57P03", "08006", "53300", "53100", "25006", "58030", "XX000", "55000", "40003", ""]
+        {
             assert_eq!(by_code(code, ""), Trouble::Outage, "{code}");
         }
         for code in ["40001", "40P01", "55P03", "57014"] {
@@ -92,9 +98,12 @@ mod tests {
         for code in ["28P01", "28000", "3D000", "42P01", "42501", "42703"] {
             assert_eq!(by_code(code, ""), Trouble::Configuration, "{code}");
         }
-        for code in ["22P05", "23514", "44000", "54000", "P0001"] {
+        for code in ["22P05", "23514", "44000", "54000", "P0001", "45000", "38000", "2F003", "27000", "ABCDE"]
+        {
             assert_eq!(by_code(code, ""), Trouble::Rejected, "{code}");
         }
+        let policy = "new row violates row-level security policy for table \"outbox\"";
+        assert_eq!(by_code("42501", policy), Trouble::Rejected);
         for (code, message) in [
             ("08P01", "unsupported startup parameter: options"),
             ("08P01", "unsupported startup parameter in options: jit"),

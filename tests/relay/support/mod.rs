@@ -24,6 +24,13 @@ use std::time::{Duration, Instant};
 /// busy, and a condition that holds is noticed at once.
 pub const DEADLINE: Duration = Duration::from_secs(90);
 
+/// For replicas of which none may lose its shards: with the usual time here one that the machine stops for two seconds does.
+pub const PATIENT: [(&str, &str); 1] = [("OUTBOX_LEASE_TTL", "10s")];
+
+/// Statements that a policy with `pg_sleep` keeps waiting.
+pub const SLEEPS: &str =
+    "select count(*) from pg_stat_activity where wait_event = 'PgSleep' and datname = current_database()";
+
 /// Waits until the condition holds. Panics at the deadline with what was waited for.
 pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let begun = Instant::now();

@@ -18,9 +18,9 @@ pub fn binary() -> PathBuf {
 pub fn command(args: &[&str], env: &BTreeMap<String, String>) -> Command {
     let mut command = Command::new(binary());
     command.args(args).env_clear().envs(env).current_dir(std::env::temp_dir()).kill_on_drop(true);
-    // Set by scripts/mutants only, and known only to builds of it.
-    if let Ok(mutant) = std::env::var("RELAY_MUTANT") {
-        command.env("RELAY_MUTANT", mutant);
+    // Set by scripts/mutants only, and known only to builds of it; the mark by which scripts/test finds what is left of it.
+    for name in ["RELAY_MUTANT", "RELAY_TEST_RUN"] {
+        command.envs(std::env::var(name).ok().map(|value| (name, value)));
     }
     command
 }

@@ -40,7 +40,9 @@ impl Servers {
     /// A pair of one's own, with more options of `scripts/services start`.
     pub fn start_with(options: &[&str]) -> Self {
         let number = COUNT.fetch_add(1, Relaxed);
-        let dir = root().join(format!("target/test-servers/{}-{number}", std::process::id()));
+        // A process of the same id may have left its own.
+        let unlike = fastrand::u16(..);
+        let dir = root().join(format!("target/test-servers/{}-{number}-{unlike:x}", std::process::id()));
         let started = servers::Servers::start_with(&root().join("scripts/services"), &dir, options);
         Self(started.unwrap_or_else(|error| panic!("{error:#}")))
     }
