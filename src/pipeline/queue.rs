@@ -44,6 +44,22 @@ impl Suspicion {
     pub fn is_apart(self) -> bool {
         self.alone.is_some() && self.breaks >= BREAKS_SUSPECT
     }
+
+    /// Connections of its own that broke, or could not be had.
+    pub fn own_breaks(self) -> u32 {
+        self.breaks.saturating_sub(BREAKS_SUSPECT)
+    }
+
+    /// From now on in a batch of its own.
+    pub fn send_alone(&mut self, now: Instant) {
+        self.alone.get_or_insert(now);
+    }
+
+    /// From now on on a connection of its own.
+    pub fn send_apart(&mut self, now: Instant) {
+        self.send_alone(now);
+        self.breaks = self.breaks.max(BREAKS_SUSPECT);
+    }
 }
 
 /// How long a row is not sent again, and why.
@@ -66,7 +82,7 @@ pub struct Room {
 
 /// Some seconds long: a connection breaks now and then.
 fn had_some_tries(queued: &Queued) -> bool {
-    queued.suspicion.breaks >= BREAKS_SUSPECT + CROWDING_BREAKS
+    queued.suspicion.own_breaks() >= CROWDING_BREAKS
 }
 
 impl From<Row> for Queued {
@@ -205,7 +221,9 @@ impl Queue {
 
     /// One of them went through, so those that had no try apart yet are sent with all others again.
     pub fn trust(&mut self, route: &Route) {
-        for queued in self.all_of(route).filter(|queued| queued.suspicion.breaks == BREAKS_SUSPECT) {
+        let untried =
+            |queued: &&mut Queued| queued.suspicion.is_apart() && queued.suspicion.own_breaks() == 0;
+        for queued in self.all_of(route).filter(untried) {
             queued.suspicion.alone = None;
         }
     }

@@ -154,7 +154,7 @@ impl<S: Store> Poll<S> {
             self.known.add(*id);
         }
         self.remember_row_size(&read.rows, read.more);
-        if self.sweeping_found_known_ids(&read.rows) {
+        if self.found_known_ids(&read.rows) {
             self.forget_what_is_settled();
         }
     }
@@ -172,7 +172,7 @@ impl<S: Store> Poll<S> {
 
     /// Ids that were settled are pending again: the sequence was set back, or an operator sends rows again.
     /// What is known of other ids may be as wrong.
-    fn sweeping_found_known_ids(&self, rows: &[Row]) -> bool {
+    fn found_known_ids(&self, rows: &[Row]) -> bool {
         let again = |row: &Row| self.known.contains(row.id) && !self.in_flight.contains_key(&row.id);
         rows.iter().any(again)
     }

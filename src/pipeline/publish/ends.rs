@@ -4,7 +4,7 @@ use super::{Worker, is_for_its_connection};
 use crate::mutants::mutant;
 use crate::pipeline::queue::Queued;
 use crate::pipeline::{End, Outcome, hand_over};
-use crate::retry::{BREAKS_SUSPECT, Decision, History};
+use crate::retry::{Decision, History};
 use crate::sink::{Fault, Publisher, Refusal, Verdict};
 use crate::store::{Route, Row};
 use std::collections::HashSet;
@@ -33,12 +33,11 @@ impl<P: Publisher> Worker<P> {
         match self.policy.decide(refusal.fault, history) {
             Decision::Resend => return Some((queued, refusal)),
             Decision::ResendAlone => {
-                suspicion.alone.get_or_insert_with(Instant::now);
+                suspicion.send_alone(Instant::now());
                 return Some((queued, refusal));
             }
             Decision::ResendApart => {
-                suspicion.alone.get_or_insert_with(Instant::now);
-                suspicion.breaks = suspicion.breaks.max(BREAKS_SUSPECT);
+                suspicion.send_apart(Instant::now());
                 return Some((queued, refusal));
             }
             Decision::Accept => self.delivered(&queued.row),

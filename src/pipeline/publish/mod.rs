@@ -14,7 +14,7 @@ use super::{End, Outcome, Work};
 use crate::config::Settings;
 use crate::mutants::mutant;
 use crate::ownership::Permit;
-use crate::retry::{BREAK_BACKOFF, BREAKS_BLAME, BREAKS_SUSPECT, OUTAGE_BACKOFF, Policy};
+use crate::retry::{BREAK_BACKOFF, BREAKS_BLAME, OUTAGE_BACKOFF, Policy};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::Row;
 use crate::telemetry::{Instruments, Metrics, Pulse};
@@ -296,7 +296,7 @@ impl<P: Publisher> Worker<P> {
         if let [Queued { row, suspicion: Suspicion { alone: Some(since), .. } }] = batch.as_slice()
             && let Some(refusal) = self.troubled.is_in_vain(&row.route, *since)
         {
-            if refusal.fault == Fault::Break && batch[0].suspicion.breaks > BREAKS_SUSPECT {
+            if refusal.fault == Fault::Break && batch[0].suspicion.own_breaks() > 0 {
                 self.remember_blamed(row.id);
             }
             self.wait(row, refusal);
@@ -366,7 +366,7 @@ impl<P: Publisher> Worker<P> {
         if !self.permit.for_batch().allows(&queued.row) {
             return self.give_back(&queued.row);
         }
-        let pause = BREAK_BACKOFF.delay(queued.suspicion.breaks.saturating_sub(BREAKS_SUSPECT + 1));
+        let pause = BREAK_BACKOFF.delay(queued.suspicion.own_breaks().saturating_sub(1));
         let suspension = Suspension { until: Instant::now() + pause, refusal };
         if let Some(row) = self.queue.suspend(queued, suspension) {
             self.give_back_unsent(&row);

@@ -28,8 +28,8 @@ const BITE_ROWS: usize = 2000;
 const GATHER_TIME: Duration = Duration::from_millis(10);
 
 /// Neighbours are written with so many statements, where there are enough rows for each to be worth its round trip.
-const APART: i64 = 2;
-const APART_FROM: usize = 200;
+const NEIGHBOURS_IN: i64 = 2;
+const NEIGHBOURS_IN_FROM: usize = 200;
 /// How long the last write may take after the end of the grace period.
 const LAST_WRITE: Duration = Duration::from_secs(1);
 
@@ -286,12 +286,12 @@ impl<S: Store> Settle<S> {
 /// new versions of some of its rows, and when these are committed what was before them makes room for the others. Updates
 /// within a page take half the write-ahead log.
 pub fn bites(outcomes: Vec<Outcome>, keeps_delivered: bool) -> Vec<Vec<Outcome>> {
-    let apart = if keeps_delivered && outcomes.len() >= APART_FROM { APART } else { 1 };
+    let kinds = if keeps_delivered && outcomes.len() >= NEIGHBOURS_IN_FROM { NEIGHBOURS_IN } else { 1 };
     let mut bites: Vec<Vec<Outcome>> = Vec::new();
     // The one of each kind that is not full.
-    let mut open: Vec<Vec<Outcome>> = (0..apart).map(|_| Vec::new()).collect();
+    let mut open: Vec<Vec<Outcome>> = (0..kinds).map(|_| Vec::new()).collect();
     for outcome in outcomes {
-        let bite = &mut open[outcome.id.rem_euclid(apart) as usize];
+        let bite = &mut open[outcome.id.rem_euclid(kinds) as usize];
         bite.push(outcome);
         if bite.len() == BITE_ROWS {
             bites.push(std::mem::take(bite));
@@ -426,10 +426,10 @@ mod tests {
         let store = stored(1);
         store.lock_rows([1]);
         let mut stage = Stage::start(&store);
-        let behind = (2..APART_FROM as i64 + 2).map(|id| released(id, "k"));
+        let behind = (2..NEIGHBOURS_IN_FROM as i64 + 2).map(|id| released(id, "k"));
         stage.input.send([wait(1, "k")].into_iter().chain(behind).collect()).await.unwrap();
         let aside = stage.settled().await;
-        assert_eq!(aside.len(), 1 + APART_FROM);
+        assert_eq!(aside.len(), 1 + NEIGHBOURS_IN_FROM);
         assert!(
             aside.iter().all(|settled| matches!(settled, Settled::Aside { ending: Ending::Unsent, .. })),
             "{aside:?}"
@@ -446,7 +446,7 @@ mod tests {
         assert!(
             settled[1..].iter().all(|settled| matches!(settled, Settled::Ended { fate: Fate::Released, .. }))
         );
-        assert_eq!(settled.len(), 1 + APART_FROM);
+        assert_eq!(settled.len(), 1 + NEIGHBOURS_IN_FROM);
         stage.end().await.expect("all is written");
     }
 
@@ -467,10 +467,10 @@ mod tests {
 
     #[test]
     fn neighbours_are_written_apart_and_none_is_left_out() {
-        let many = APART_FROM as i64;
+        let many = NEIGHBOURS_IN_FROM as i64;
         let bites = ids(&bites(outcomes(-3..many), true));
-        assert_eq!(bites.len(), APART as usize);
-        let together = |bite: &Vec<i64>| bite.windows(2).any(|pair| pair[1] - pair[0] < APART);
+        assert_eq!(bites.len(), NEIGHBOURS_IN as usize);
+        let together = |bite: &Vec<i64>| bite.windows(2).any(|pair| pair[1] - pair[0] < NEIGHBOURS_IN);
         assert!(!bites.iter().any(together), "{bites:?}");
         let mut all = bites.concat();
         all.sort_unstable();
@@ -480,8 +480,8 @@ mod tests {
     #[test]
     fn few_rows_and_ids_with_gaps_are_written_at_once() {
         assert_eq!(ids(&bites(outcomes(1..4), true)), [[1, 2, 3]]);
-        assert_eq!(bites(outcomes(0..APART_FROM as i64), false).len(), 1, "nothing is kept");
-        let even = (1..=APART_FROM as i64).map(|id| id * APART);
+        assert_eq!(bites(outcomes(0..NEIGHBOURS_IN_FROM as i64), false).len(), 1, "nothing is kept");
+        let even = (1..=NEIGHBOURS_IN_FROM as i64).map(|id| id * NEIGHBOURS_IN);
         assert_eq!(bites(outcomes(even), true).len(), 1, "no empty statement");
     }
 
