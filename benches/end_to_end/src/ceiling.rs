@@ -12,10 +12,17 @@ use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
 
-/// How often each shape is tried, by turns with the others: rates waver by more than shapes differ.
-const TRIALS: usize = 3;
-/// How often at most where neighbours disturb it.
-const TRIALS_MAX: usize = 6;
+/// By turns with the others: rates waver by more than shapes differ.
+const TRIALS: Trials = Trials { wanted: 3, at_most: 6 };
+const QUICK: Trials = Trials { wanted: 1, at_most: 1 };
+
+/// How often each shape is tried.
+#[derive(Debug, Clone, Copy)]
+struct Trials {
+    wanted: usize,
+    /// Where neighbours disturb it.
+    at_most: usize,
+}
 
 /// What a raw publisher took.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +64,7 @@ pub struct Trial {
 /// best of some figures that waver is not what it can.
 #[derive(Debug)]
 pub struct Ceilings {
-    trials: usize,
+    trials: Trials,
     known: Vec<(Messages, Shape)>,
     tried: Vec<Trial>,
 }
@@ -65,7 +72,7 @@ pub struct Ceilings {
 impl Ceilings {
     /// None is known.
     pub fn new(quick: bool) -> Self {
-        Self { trials: if quick { 1 } else { TRIALS }, known: Vec::new(), tried: Vec::new() }
+        Self { trials: if quick { QUICK } else { TRIALS }, known: Vec::new(), tried: Vec::new() }
     }
 
     /// The raw publisher that a drain is compared with.
@@ -100,11 +107,12 @@ impl Ceilings {
         let mut trials: Vec<_> = SHAPES
             .map(|shape| Trial { messages, shape, rates: Vec::new(), disturbed_rates: Vec::new() })
             .into();
-        for turn in 0..TRIALS_MAX {
-            for trial in trials.iter_mut().filter(|trial| trial.rates.len() < self.trials) {
+        let Trials { wanted, at_most } = self.trials;
+        for turn in 0..at_most {
+            for trial in trials.iter_mut().filter(|trial| trial.rates.len() < wanted) {
                 let sent = publish(stand, drain, trial.shape, drain.rows).await?;
-                let last = turn + self.trials.saturating_sub(trial.rates.len()) >= TRIALS_MAX;
-                match stolen::is_too_much(sent.stolen) && !last {
+                let can_be_repeated = turn + wanted - trial.rates.len() < at_most;
+                match stolen::is_too_much(sent.stolen) && can_be_repeated {
                     true => trial.disturbed_rates.push(sent.rate),
                     false => trial.rates.push(sent.rate),
                 }

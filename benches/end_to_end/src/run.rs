@@ -19,6 +19,9 @@ pub type Sample = Vec<(&'static str, &'static str, f64)>;
 /// A quick run shows that all works, no more.
 const QUICK_ROWS: usize = 20_000;
 
+/// How long a round waits for neighbours that are busy.
+const QUIET_MAX: Duration = Duration::from_secs(60);
+
 /// Where results are written where nobody says otherwise: the last run's.
 const LAST: &str = "last";
 
@@ -97,6 +100,9 @@ async fn take(
         let (round, again) = (taken.rounds.len() + 1, taken.disturbed.len());
         let so_far = if again > 0 { format!(", {again} taken again") } else { String::new() };
         progress.tell(&format!("round {round} of {rounds}{so_far}"));
+        if again_max > 0 {
+            stolen::until_little(QUIET_MAX).await;
+        }
         let before = all.clone();
         let sample = match &mut drained {
             Some(drained) => drained.round(round).await,
