@@ -3,14 +3,12 @@
 use crate::support::process::RelayProcess;
 use crate::support::servers::Servers;
 use crate::support::url_file::UrlFile;
-use crate::support::world::Allowed;
+use crate::support::world::{Allowed, DELIVERED};
 use crate::support::{World, eventually};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
-
-const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
 
 /// A world whose database has a standby, and the file that tells the relay where the database is.
 struct Pair {

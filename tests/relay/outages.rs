@@ -2,8 +2,8 @@
 
 use crate::support::proxy::{Link, Proxy};
 use crate::support::url_file::UrlFile;
-use crate::support::world::Allowed;
-use crate::support::{World, eventually};
+use crate::support::world::{Allowed, DELIVERED};
+use crate::support::{DEADLINE, World, eventually};
 use std::time::Duration;
 
 /// A drain of 100 000 rows while the broker is stopped for ten seconds and the database is restarted.
@@ -109,7 +109,8 @@ async fn rows_that_are_too_much_for_a_slow_link_are_read_in_smaller_answers() {
     database.set(Link::Throttle(1_250_000));
     let url = database.url(&world.database_url);
     let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_MAX_IN_FLIGHT_BYTES", "32MiB")]).await;
-    world.until_at_least_delivered(8).await;
+    // Two or three answers later, each of which takes up to 20 s.
+    world.until_at_least_in(2 * DEADLINE, DELIVERED, 8).await;
     database.set(Link::Pass);
     world.drained().await;
     relay.stop().await.expect("clean stop");

@@ -41,7 +41,8 @@ const QUICK: [(&str, &str); 4] = [
     ("OUTBOX_LOG", "info,outbox_relay=debug"),
 ];
 
-const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
+/// Counts rows that are delivered and were kept.
+pub const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
 
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
@@ -201,7 +202,12 @@ impl World {
 
     /// Waits until a count has reached this.
     pub async fn until_at_least(&self, sql: &str, expected: i64) {
-        self.until_count(DEADLINE, &format!("at least {expected} = {sql}"), sql, |found| found >= expected)
+        self.until_at_least_in(DEADLINE, sql, expected).await;
+    }
+
+    /// The same for what takes longer.
+    pub async fn until_at_least_in(&self, deadline: Duration, sql: &str, expected: i64) {
+        self.until_count(deadline, &format!("at least {expected} = {sql}"), sql, |found| found >= expected)
             .await;
     }
 
