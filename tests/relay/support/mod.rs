@@ -18,6 +18,8 @@ pub mod world;
 pub use process::RelayProcess;
 pub use world::World;
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// Longest a condition may take to come true before a test has failed. Generous: the machine may be
@@ -40,10 +42,15 @@ pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     }
 }
 
-/// Random numbers with a seed that is printed, so that a failure can be repeated with `TEST_SEED`.
+/// Random numbers with a seed that is printed, so that a failure can be repeated with `TEST_SEED`. For each name others.
 pub fn rng(name: &str) -> fastrand::Rng {
-    let seed = std::env::var("TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
-    eprintln!("{name}: TEST_SEED={seed}");
-    fastrand::Rng::with_seed(seed)
+    static SEED: LazyLock<u64> = LazyLock::new(|| {
+        let given = std::env::var("TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+        given.unwrap_or_else(|| fastrand::u64(..))
+    });
+    eprintln!("{name}: TEST_SEED={}", *SEED);
+    // Without keys of its own, and so the same each time.
+    let mut hasher = DefaultHasher::new();
+    (*SEED, name).hash(&mut hasher);
+    fastrand::Rng::with_seed(hasher.finish())
 }
