@@ -132,10 +132,13 @@ impl Routes {
 
     /// Where there is none, routes with a refusal or two are forgotten: their rows may be gone, or at another replica.
     fn has_room_for(&mut self, route: &Route) -> bool {
-        if self.refusing.len() >= ROUTES_MAX && !self.refusing.contains_key(route) {
+        if self.refusing.contains_key(route) {
+            return true;
+        }
+        if self.refusing.len() >= ROUTES_MAX {
             self.refusing.retain(|_, state| state.parked() || state.probe.is_some());
         }
-        self.refusing.len() < ROUTES_MAX || self.refusing.contains_key(route)
+        self.refusing.len() < ROUTES_MAX
     }
 
     /// The route is parked and the log has it not yet; from now on it has.

@@ -173,13 +173,12 @@ impl<P: Publisher> Worker<P> {
 
     /// The longer the more batches were stuck, but a stop is not slept through: it may be that nobody waits for the broker then.
     async fn pause_after(&mut self, stuck_batches: u32) {
-        let stopping = self.stopping.clone();
-        let tries = if stopping.is_cancelled() { 0 } else { stuck_batches };
-        let pause = tokio::time::sleep(OUTAGE_BACKOFF.delay(tries));
+        let (signal, is_stopping) = (self.stopping.clone(), self.stopping.is_cancelled());
+        let pause = tokio::time::sleep(OUTAGE_BACKOFF.delay(if is_stopping { 0 } else { stuck_batches }));
         let pause = async {
-            match stopping.is_cancelled() {
+            match is_stopping {
                 true => pause.await,
-                false => _ = stopping.run_until_cancelled(pause).await,
+                false => _ = signal.run_until_cancelled(pause).await,
             }
         };
         self.pulse.beat_during(pause).await;

@@ -45,8 +45,9 @@ pub async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 /// Random numbers with a seed that is printed, so that a failure can be repeated with `TEST_SEED`. For each name others.
 pub fn rng(name: &str) -> fastrand::Rng {
     static SEED: LazyLock<u64> = LazyLock::new(|| {
-        let given = std::env::var("TEST_SEED").ok().and_then(|seed| seed.parse().ok());
-        given.unwrap_or_else(|| fastrand::u64(..))
+        let given = std::env::var("TEST_SEED").ok();
+        let number = |text: String| text.parse().unwrap_or_else(|_| panic!("TEST_SEED is no number: {text}"));
+        given.map_or_else(|| fastrand::u64(..), number)
     });
     eprintln!("{name}: TEST_SEED={}", *SEED);
     // Without keys of its own, and so the same each time.

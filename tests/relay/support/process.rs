@@ -2,6 +2,7 @@
 
 use super::endpoint::Endpoint;
 use super::{DEADLINE, eventually};
+use outbox_relay_chaos::relays::mark;
 use outbox_relay_chaos::usage::{Usage, usage};
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -18,10 +19,11 @@ pub fn binary() -> PathBuf {
 pub fn command(args: &[&str], env: &BTreeMap<String, String>) -> Command {
     let mut command = Command::new(binary());
     command.args(args).env_clear().envs(env).current_dir(std::env::temp_dir()).kill_on_drop(true);
-    // Set by scripts/mutants only, and known only to builds of it; the mark by which scripts/test finds what is left of it.
-    for name in ["RELAY_MUTANT", "RELAY_TEST_RUN"] {
-        command.envs(std::env::var(name).ok().map(|value| (name, value)));
+    // Set by scripts/mutants only, and known only to builds of it.
+    if let Ok(mutant) = std::env::var("RELAY_MUTANT") {
+        command.env("RELAY_MUTANT", mutant);
     }
+    command.envs(mark());
     command
 }
 
