@@ -2,8 +2,9 @@
 
 use crate::distance;
 use crate::measures::{Drain, Keys, Past};
-use crate::process::Relay;
-use crate::stand::{Counted, Place, ServersCpu, Stand};
+use crate::process::{self, Relay};
+use crate::raw;
+use crate::stand::{Counted, NAME, Place, ServersCpu, Stand};
 use crate::stolen::Stolen;
 use anyhow::{Result, ensure};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -17,6 +18,9 @@ const STUCK: Duration = Duration::from_secs(60);
 const FIRST: usize = 1;
 /// Some seconds after the first row it has read, a relay knows which ids before it belong to none.
 const SETTLED: Duration = Duration::from_secs(8);
+
+/// The time of a backend that has ended is nowhere until Postgres has noticed.
+const REAPED: Duration = Duration::from_millis(500);
 
 /// A place with its past, and what holds it open.
 pub struct Backlog<'a> {
@@ -39,6 +43,16 @@ pub struct Done {
     pub counted: Counted,
     /// A vacuum afterwards: it is off while a drain is measured. None beside an open transaction, which leaves it nothing to do.
     pub vacuum: Option<Vacuum>,
+    /// What the host took meanwhile, in percent.
+    pub stolen: Option<f64>,
+}
+
+/// What a drain by the relay that promises nothing has taken.
+pub struct Bare {
+    /// The process.
+    pub done: raw::Done,
+    /// The servers' processor time.
+    pub servers: ServersCpu,
     /// What the host took meanwhile, in percent.
     pub stolen: Option<f64>,
 }
@@ -116,6 +130,34 @@ impl<'a> Backlog<'a> {
         let vacuum = if self.open.is_none() { Some(self.vacuum().await?) } else { None };
         let rate = self.drain.rows as f64 / seconds;
         Ok(Done { rate, cpu, peak_rss_mib, servers, counted, vacuum, stolen })
+    }
+
+    /// The same by the relay that promises nothing.
+    pub async fn drained_bare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Bare> {
+        let backlog = Self::prepare(stand, name, drain).await?;
+        let bare = backlog.drain_bare().await?;
+        backlog.place.leave().await?;
+        Ok(bare)
+    }
+
+    async fn drain_bare(&self) -> Result<Bare> {
+        let (Place { stand, database_url, .. }, rows) = (&self.place, self.drain.rows.to_string());
+        stand.fresh_queue(self.drain.queue).await?;
+        self.place.administer("checkpoint").await?;
+        self.fill(self.drain.rows).await?;
+        let mut arguments = vec!["bare", "--database-url", database_url, "--amqp-url", stand.amqp_url()];
+        arguments.extend(["--exchange", NAME, "--messages", &rows]);
+        if self.drain.delete {
+            arguments.push("--delete");
+        }
+        stand.rest().await;
+        let (servers, stolen) = (stand.cpu(), Stolen::from_now());
+        let done = process::publisher(&arguments).await?;
+        let stolen = stolen.percent();
+        tokio::time::sleep(REAPED).await;
+        let servers = stand.cpu().since(servers);
+        self.nothing_is_left().await?;
+        Ok(Bare { done, servers, stolen })
     }
 
     async fn vacuum(&self) -> Result<Vacuum> {

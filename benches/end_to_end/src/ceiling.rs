@@ -2,15 +2,14 @@
 
 use crate::distance;
 use crate::measures::{Against, Drain};
-use crate::raw::{self, SHAPES, Shape};
+use crate::process;
+use crate::raw::{SHAPES, Shape};
 use crate::stand::{NAME, Stand};
 use crate::stats::Spread;
 use crate::stolen::{self, Stolen};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use std::process::Stdio;
 use std::time::Duration;
-use tokio::process::Command;
 
 /// By turns with the others: rates waver by more than shapes differ.
 const TRIALS: Trials = Trials { wanted: 3, at_most: 6 };
@@ -135,19 +134,15 @@ pub async fn publish(stand: &Stand, drain: &Drain, shape: Shape, messages: usize
     let url = distance::amqp_url(stand, drain.round_trip).await?;
     stand.rest().await;
     let (servers, stolen) = (stand.cpu(), Stolen::from_now());
-    let output = Command::new(std::env::current_exe()?)
-        .args(["raw", "--amqp-url", &url, "--exchange", NAME])
-        .args(["--messages", &messages.to_string(), "--bytes", &drain.bytes.to_string()])
-        .args(["--connections", &shape.connections.to_string()])
-        .args(["--channels", &shape.channels.to_string(), "--window", &shape.window.to_string()])
-        .stdin(Stdio::null())
-        .output()
-        .await?;
-    ensure!(output.status.success(), "raw publisher: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let mut arguments = vec!["raw", "--amqp-url", &url, "--exchange", NAME];
+    let Shape { connections, channels, window } = shape;
+    let numbers = [messages, drain.bytes, connections, channels, window].map(|number| number.to_string());
+    let names = ["--messages", "--bytes", "--connections", "--channels", "--window"];
+    arguments.extend(names.iter().zip(&numbers).flat_map(|(name, number)| [*name, number]));
+    let done = process::publisher(&arguments).await?;
     let (servers, stolen) = (stand.cpu().since(servers), stolen.percent());
     let received = stand.take_all().await?;
     ensure!(received >= messages as u64, "{received} of {messages} raw messages received");
-    let done: raw::Done = serde_json::from_slice(&output.stdout)?;
     let messages = received as f64;
     Ok(Raw {
         shape,

@@ -67,6 +67,7 @@ pub fn command() -> Command {
         .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
         .arg(path("dir", "DIR", "Where servers and logs live").default_value("target/bench"))
         .subcommand(raw())
+        .subcommand(bare())
 }
 
 /// The raw publisher, which a run starts as a process of its own.
@@ -79,6 +80,17 @@ fn raw() -> Command {
         .about("Publishes to an exchange as fast as it can")
         .args([text("amqp-url"), text("exchange")])
         .args(["messages", "bytes", "connections", "channels", "window"].map(number))
+}
+
+/// The relay that promises nothing, the same.
+fn bare() -> Command {
+    let text = |name: &'static str| Arg::new(name).long(name).required(true);
+    Command::new("bare")
+        .hide(true)
+        .about("Relays rows with no promise")
+        .args(["database-url", "amqp-url", "exchange"].map(text))
+        .arg(text("messages").value_parser(value_parser!(usize)))
+        .arg(Arg::new("delete").long("delete").action(ArgAction::SetTrue))
 }
 
 /// The options, or one sentence that says what is wrong.

@@ -1,6 +1,6 @@
 //! A backlog is drained, beside the raw publisher, and beside a fresh table if it has a past.
 
-use crate::backlog::{Backlog, Done, Vacuum};
+use crate::backlog::{Backlog, Bare, Done, Vacuum};
 use crate::ceiling::{self, Ceilings, Raw};
 use crate::distance;
 use crate::measures::{AGAINST_FRESH, Drain, Past};
@@ -46,11 +46,17 @@ impl<'a> Drained<'a> {
         let shape = self.ceilings.shape(self.stand, &self.drain).await?;
         let raw_first = round % 2 == 1;
         let mut raw = self.raw_if(shape.filter(|_| raw_first)).await?;
+        let mut bare = self.bare_if(!raw_first, round).await?;
         let (drained, fresh) = self.relay(round).await?;
-        if !raw_first {
+        if raw_first {
+            bare = self.bare_if(true, round).await?;
+        } else {
             raw = self.raw_if(shape).await?;
         }
         let mut sample = self.figures(&drained, raw.as_ref());
+        if let Some(bare) = bare {
+            sample.extend(self.figures_of_bare(&bare, drained.rate, raw.as_ref()));
+        }
         if let Some(fresh) = fresh {
             sample.push((AGAINST_FRESH, "", drained.rate / fresh.rate));
             sample.extend(stolen::figure("stolen by the host, fresh table", fresh.stolen));
@@ -111,6 +117,31 @@ impl<'a> Drained<'a> {
             let fresh = fresh().await?;
             Ok((drained().await?, Some(fresh)))
         }
+    }
+
+    /// The relay that promises nothing, if it is its turn and it is wanted.
+    async fn bare_if(&self, turn: bool, round: usize) -> Result<Option<Bare>> {
+        if !(turn && self.drain.bare) {
+            return Ok(None);
+        }
+        let name = format!("{}_{round}_bare", self.name);
+        Ok(Some(Backlog::drained_bare(self.stand, &name, self.drain).await?))
+    }
+
+    fn figures_of_bare(&self, bare: &Bare, relay_rate: f64, raw: Option<&Raw>) -> Sample {
+        let Bare { done, servers, stolen } = bare;
+        let (rate, per_100k) = (self.drain.rows as f64 / done.seconds, 1e5 / self.drain.rows as f64);
+        let mut sample = vec![
+            ("against a bare relay", "", relay_rate / rate),
+            ("bare rate", "rows/s", rate),
+            ("bare CPU per 100 000 rows", "s", done.cpu_seconds * per_100k),
+            ("Postgres's CPU per 100 000, bare", "s", servers.database * per_100k),
+            ("RabbitMQ's CPU per 100 000, bare", "s", servers.broker * per_100k),
+            ("bare peak RSS", "MiB", done.peak_rss_mib),
+        ];
+        sample.extend(raw.map(|raw| ("bare ratio", "of raw", rate / raw.rate)));
+        sample.extend(stolen::figure("stolen by the host, bare", *stolen));
+        sample
     }
 
     async fn raw_if(&self, shape: Option<Shape>) -> Result<Option<Raw>> {

@@ -17,8 +17,10 @@ use sqlx::{Connection, PgConnection};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
+/// After its start a relay has a few things to do once.
+const SETTLED: Duration = Duration::from_secs(5);
 /// No row may be under way for longer.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -62,6 +64,7 @@ pub async fn steady(
     for _ in 0..writers {
         connections.push(place.db().await?);
     }
+    sleep(SETTLED).await;
     let meter = Meter::start(&place, &relay).await?;
     let begin = Instant::now();
     let mut tasks = Vec::new();
@@ -93,12 +96,13 @@ pub async fn lone(
     stand: &Stand,
     name: &str,
     silence: Duration,
+    watched: bool,
     rows: usize,
     all: &mut AllRounds,
 ) -> Result<Sample> {
     let place = stand.place(name).await?;
     let (times, consumer) = consumer(&place, rows).await?;
-    let relay = place.relay(&[])?;
+    let relay = place.relay(&[("OUTBOX_LONG_POLL", if watched { "true" } else { "false" })])?;
     relay.until_ready().await?;
     let mut db = place.db().await?;
     for row in 0..rows {

@@ -10,10 +10,11 @@
 //!
 //! - [`measures`]: what is measured, as data
 //! - [`stand`], [`process`], [`distance`]: servers, processes and a network to measure on
-//! - [`raw`], [`ceiling`], [`drain`], [`latency`], [`cost`]: how
+//! - [`raw`], [`ceiling`], [`bare`], [`drain`], [`latency`], [`cost`]: how
 //! - [`stats`], [`stolen`], [`report`], [`plot`]: what came of it
 
 mod backlog;
+mod bare;
 mod ceiling;
 mod cli;
 mod cost;
@@ -41,6 +42,7 @@ async fn main() -> ExitCode {
     }
     let done = match matches.subcommand() {
         Some(("raw", matches)) => raw::main(matches).await,
+        Some(("bare", matches)) => bare::main(matches).await,
         _ => match cli::options(&matches) {
             Ok(options) => run::run(options).await,
             Err(sentence) => {

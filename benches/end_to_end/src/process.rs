@@ -1,5 +1,6 @@
-//! A relay as a child process.
+//! What is measured, as child processes.
 
+use crate::raw::Done;
 use anyhow::{Context, Result, ensure};
 use outbox_relay_chaos::relays::{Registry, get, mark};
 use outbox_relay_chaos::usage::{Usage, usage};
@@ -9,6 +10,15 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
+
+/// A publisher of this program's own as a process of its own, so that its processor time can be told from everything else's.
+pub async fn publisher(arguments: &[&str]) -> Result<Done> {
+    let mut command = Command::new(std::env::current_exe()?);
+    let output = command.args(arguments).stdin(Stdio::null()).kill_on_drop(true).output().await?;
+    let name = arguments.first().copied().unwrap_or_default();
+    ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
 
 /// After this a relay that should be ready, or gone, has failed.
 const LIMIT: Duration = Duration::from_secs(60);

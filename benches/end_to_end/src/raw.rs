@@ -46,6 +46,17 @@ pub struct Done {
     pub seconds: f64,
     /// Of this process.
     pub cpu_seconds: f64,
+    /// Of this process.
+    pub peak_rss_mib: f64,
+}
+
+impl Done {
+    /// What this process has taken since then.
+    pub fn since(begun: Instant) -> Result<Self> {
+        let seconds = begun.elapsed().as_secs_f64();
+        let usage = usage(std::process::id()).context("no /proc")?;
+        Ok(Self { seconds, cpu_seconds: usage.cpu_seconds, peak_rss_mib: usage.peak_rss_mib() })
+    }
 }
 
 /// `bench raw`: publishes, prints what it took, and ends.
@@ -56,8 +67,7 @@ pub async fn main(matches: &ArgMatches) -> Result<()> {
     let shape =
         Shape { connections: number("connections"), channels: number("channels"), window: number("window") };
     publish(&text("amqp-url"), text("exchange"), number("messages"), number("bytes"), shape).await?;
-    let cpu_seconds = usage(std::process::id()).context("no /proc")?.cpu_seconds;
-    println!("{}", serde_json::to_string(&Done { seconds: begun.elapsed().as_secs_f64(), cpu_seconds })?);
+    println!("{}", serde_json::to_string(&Done::since(begun)?)?);
     Ok(())
 }
 
@@ -92,8 +102,23 @@ async fn publish(url: &str, exchange: String, messages: usize, bytes: usize, sha
 }
 
 /// As far as it gets now.
-fn poll_for_nobody<T>(answer: &mut BoxFuture<'_, T>) -> Poll<T> {
+pub fn poll_for_nobody<T>(answer: &mut BoxFuture<'_, T>) -> Poll<T> {
     answer.poll_unpin(&mut Task::from_waker(Waker::noop()))
+}
+
+/// As large as those of the relay's messages.
+pub fn properties(id: i64, key: Option<&str>, message_id: &str) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert("x-outbox-id".into(), AMQPValue::LongLongInt(id));
+    if let Some(key) = key {
+        headers.insert("x-outbox-key".into(), AMQPValue::LongString(key.into()));
+    }
+    BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_content_type("application/json".into())
+        .with_message_id(message_id.into())
+        .with_timestamp(1_700_000_000)
+        .with_headers(headers)
 }
 
 async fn send(
@@ -103,16 +128,7 @@ async fn send(
     messages: usize,
     window: usize,
 ) -> Result<Channel> {
-    // As large as what the relay sends.
-    let mut headers = FieldTable::default();
-    headers.insert("x-outbox-id".into(), AMQPValue::LongLongInt(1_000_000));
-    headers.insert("x-outbox-key".into(), AMQPValue::LongString("key 1000".into()));
-    let properties = BasicProperties::default()
-        .with_delivery_mode(2)
-        .with_content_type("application/json".into())
-        .with_message_id("00000000-0000-0000-0000-000000000000".into())
-        .with_timestamp(1_700_000_000)
-        .with_headers(headers);
+    let properties = properties(1_000_000, Some("key 1000"), "00000000-0000-0000-0000-000000000000");
     let options = BasicPublishOptions { mandatory: true, immediate: false };
     let publish = || {
         let sent = channel.basic_publish(

@@ -133,9 +133,9 @@ async fn take_other(
     let mut sample = match measure.kind {
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),
         Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3), all).await,
-        Kind::LoneRow { silence } => {
+        Kind::LoneRow { silence, watched } => {
             let rows = if silence > Duration::from_secs(10) { 10 } else { 100 };
-            latency::lone(stand, name, silence, if quick { 3 } else { rows }, all).await
+            latency::lone(stand, name, silence, watched, if quick { 3 } else { rows }, all).await
         }
         Kind::Idle => cost::idle(stand, name, seconds(60, 5)).await,
         Kind::Start => cost::start(stand, name).await,
