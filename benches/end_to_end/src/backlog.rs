@@ -6,7 +6,7 @@ use crate::process::{self, Relay};
 use crate::raw;
 use crate::stand::{Counted, NAME, Place, ServersCpu, Stand};
 use crate::stolen::Stolen;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,6 @@ const STUCK: Duration = Duration::from_secs(60);
 const FIRST: usize = 1;
 /// Some seconds after the first row it has read, a relay knows which ids before it belong to none.
 const SETTLED: Duration = Duration::from_secs(8);
-
-/// The time of a backend that has ended is nowhere until Postgres has noticed.
-const REAPED: Duration = Duration::from_millis(500);
 
 /// A place with its past, and what holds it open.
 pub struct Backlog<'a> {
@@ -95,10 +92,7 @@ impl<'a> Backlog<'a> {
 
     async fn drain(&self) -> Result<Done> {
         let stand = self.place.stand;
-        stand.fresh_queue(self.drain.queue).await?;
-        // Whatever the checkpoint before costs, the drain does not pay for it: rows are marked soon after they were
-        // written, on pages that are in the log already.
-        self.place.administer("checkpoint").await?;
+        self.clear_the_way().await?;
         let mut relays = Vec::new();
         if self.drain.running {
             self.fill(FIRST).await?;
@@ -132,6 +126,13 @@ impl<'a> Backlog<'a> {
         Ok(Done { rate, cpu, peak_rss_mib, servers, counted, vacuum, stolen })
     }
 
+    /// An empty queue, and a checkpoint: whatever that costs, the drain does not pay for it, for rows are marked soon after
+    /// they were written, on pages that are in the log already.
+    async fn clear_the_way(&self) -> Result<()> {
+        self.place.stand.fresh_queue(self.drain.queue).await?;
+        self.place.administer("checkpoint").await
+    }
+
     /// The same by the relay that promises nothing.
     pub async fn drained_bare(stand: &'a Stand, name: &str, drain: Drain) -> Result<Bare> {
         let backlog = Self::prepare(stand, name, drain).await?;
@@ -141,21 +142,19 @@ impl<'a> Backlog<'a> {
     }
 
     async fn drain_bare(&self) -> Result<Bare> {
-        let (Place { stand, database_url, .. }, rows) = (&self.place, self.drain.rows.to_string());
-        stand.fresh_queue(self.drain.queue).await?;
-        self.place.administer("checkpoint").await?;
+        let Place { stand, database_url, .. } = &self.place;
+        self.clear_the_way().await?;
         self.fill(self.drain.rows).await?;
-        let mut arguments = vec!["bare", "--database-url", database_url, "--amqp-url", stand.amqp_url()];
-        arguments.extend(["--exchange", NAME, "--messages", &rows]);
-        if self.drain.delete {
-            arguments.push("--delete");
-        }
+        let mut bare = process::subcommand("bare")?;
+        bare.args(["--database-url", database_url, "--amqp-url", stand.amqp_url(), "--exchange", NAME])
+            .args(["--messages", &self.drain.rows.to_string()])
+            .args(self.drain.delete.then_some("--delete"));
         stand.rest().await;
-        let (servers, stolen) = (stand.cpu(), Stolen::from_now());
-        let done = process::publisher(&arguments).await?;
-        let stolen = stolen.percent();
-        tokio::time::sleep(REAPED).await;
-        let servers = stand.cpu().since(servers);
+        let (backends, servers, stolen) = (stand.backends(), stand.cpu(), Stolen::from_now());
+        let done = process::done(bare).await.context("bare relay")?;
+        let (broker, stolen) = (stand.cpu().since(servers).broker, stolen.percent());
+        stand.until_ended_but(&backends).await?;
+        let servers = ServersCpu { broker, ..stand.cpu().since(servers) };
         self.nothing_is_left().await?;
         Ok(Bare { done, servers, stolen })
     }

@@ -1,19 +1,20 @@
-//! A relay that promises nothing: the least that reading rows, publishing them and marking them costs beside the raw
-//! publisher.
+//! A relay that promises nothing: about the least that reading rows, publishing them and marking them costs beside the raw
+//! publisher, with the libraries that ours is built with.
 //!
 //! ```text
 //!   one connection reads ──▶ four channels publish, a batch at a time ──▶ one connection marks
 //! ```
 //!
 //! No order, no ownership, no attempts, no stop; an unroutable row or a lost connection ends it. It shows what a machine
-//! allows any relay, and what the promises of ours cost on top.
+//! allows a relay, and what the promises of ours cost on top.
 
-use crate::raw::{Done, poll_for_nobody, properties};
+use crate::raw::{Done, is_ack, poll_for_nobody, properties};
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
 use futures_util::FutureExt;
+use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation, ConnectionProperties};
+use lapin::{Channel, ConnectionProperties};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Row};
 use std::sync::Arc;
@@ -30,7 +31,7 @@ const IN_FLIGHT: usize = 2000;
 const MARKS: usize = 500;
 const COMPANY: Duration = Duration::from_millis(10);
 
-const READ: &str = "select id, message_id, routing_key, ordering_key, headers, payload from outbox
+const READ: &str = "select id, message_id, routing_key, ordering_key, payload from outbox
                     where delivered_at is null and dead_at is null and id > $1 order by id limit $2";
 const MARK: &str = "update outbox set delivered_at = clock_timestamp() where id = any($1)";
 const DELETE: &str = "delete from outbox where id = any($1)";
@@ -67,14 +68,11 @@ async fn relay(
     drop(delivered);
     let (reader, marker) = (PgConnection::connect(database_url), PgConnection::connect(database_url));
     let marking = tokio::spawn(mark_all(marker.await?, mark, to_mark, Arc::clone(&places)));
-    read(reader.await?, rows, &workers, &places).await?;
-    drop(workers);
+    let reading = read(reader.await?, rows, workers, &places);
+    // Whoever fails ends all: those before it wait for places that nobody would give back.
+    let publishing = try_join_all(publishing.into_iter().map(async |worker| worker.await?));
     // A channel that is dropped while its connection closes makes lapin fail the connection.
-    let mut open = Vec::new();
-    for worker in publishing {
-        open.push(worker.await??);
-    }
-    let marked = marking.await??;
+    let (_open, marked, ()) = tokio::try_join!(publishing, async { marking.await? }, reading)?;
     ensure!(marked == rows as u64, "{marked} of {rows} rows were marked");
     Ok(broker.close(200, "done".into()).await?)
 }
@@ -83,7 +81,7 @@ async fn relay(
 async fn read(
     mut db: PgConnection,
     rows: usize,
-    workers: &[mpsc::Sender<Vec<PgRow>>],
+    workers: Vec<mpsc::Sender<Vec<PgRow>>>,
     places: &Semaphore,
 ) -> Result<()> {
     let (mut left, mut last) = (rows, 0_i64);
@@ -97,7 +95,10 @@ async fn read(
         ensure!(batch.len() == wanted, "{} rows where {wanted} should be", batch.len());
         left -= wanted;
         last = batch.last().context("an empty batch")?.try_get(0)?;
-        worker.send(batch).await.ok().context("a worker has ended")?;
+        if worker.send(batch).await.is_err() {
+            // It says itself why it has ended.
+            break;
+        }
     }
     Ok(db.close().await?)
 }
@@ -117,7 +118,7 @@ async fn publish(
             let id: i64 = row.try_get(0)?;
             let message_id: sqlx::types::Uuid = row.try_get(1)?;
             let key: Option<&str> = row.try_get(3)?;
-            let payload = row.try_get_raw(5)?;
+            let payload = row.try_get_raw(4)?;
             // jsonb on the wire: a byte for the version, then the text.
             let payload = payload.as_bytes().map_err(anyhow::Error::from_boxed)?.get(1..).unwrap_or_default();
             let properties = properties(id, key, &message_id.to_string());
@@ -132,21 +133,19 @@ async fn publish(
             let mut answer = async { sent.await?.await }.boxed();
             ids.push(id);
             match poll_for_nobody(&mut answer) {
-                Poll::Ready(answer) => is_ack(&answer?)?,
+                Poll::Ready(answer) => is_ack(answer)?,
                 Poll::Pending => open.push(answer),
             }
         }
         for answer in open {
-            is_ack(&answer.await?)?;
+            is_ack(answer.await)?;
         }
-        delivered.send(ids).await.ok().context("the marking has ended")?;
+        if delivered.send(ids).await.is_err() {
+            // The marking says itself why it has ended.
+            break;
+        }
     }
     Ok(channel)
-}
-
-fn is_ack(answer: &Confirmation) -> Result<()> {
-    ensure!(matches!(answer, Confirmation::Ack(None)), "a message was refused or returned");
-    Ok(())
 }
 
 async fn mark_all(

@@ -134,12 +134,12 @@ pub async fn publish(stand: &Stand, drain: &Drain, shape: Shape, messages: usize
     let url = distance::amqp_url(stand, drain.round_trip).await?;
     stand.rest().await;
     let (servers, stolen) = (stand.cpu(), Stolen::from_now());
-    let mut arguments = vec!["raw", "--amqp-url", &url, "--exchange", NAME];
-    let Shape { connections, channels, window } = shape;
-    let numbers = [messages, drain.bytes, connections, channels, window].map(|number| number.to_string());
-    let names = ["--messages", "--bytes", "--connections", "--channels", "--window"];
-    arguments.extend(names.iter().zip(&numbers).flat_map(|(name, number)| [*name, number]));
-    let done = process::publisher(&arguments).await?;
+    let mut raw = process::subcommand("raw")?;
+    raw.args(["--amqp-url", &url, "--exchange", NAME])
+        .args(["--messages", &messages.to_string(), "--bytes", &drain.bytes.to_string()])
+        .args(["--connections", &shape.connections.to_string()])
+        .args(["--channels", &shape.channels.to_string(), "--window", &shape.window.to_string()]);
+    let done = process::done(raw).await.context("raw publisher")?;
     let (servers, stolen) = (stand.cpu().since(servers), stolen.percent());
     let received = stand.take_all().await?;
     ensure!(received >= messages as u64, "{received} of {messages} raw messages received");

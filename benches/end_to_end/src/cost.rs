@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 /// After its start a relay has a few things to do once.
-const SETTLED: Duration = Duration::from_secs(5);
+pub const SETTLED: Duration = Duration::from_secs(5);
 /// What wakes other relays.
 const NOTIFY_PER_INSERT: &str = "
     create function notify_rows() returns trigger language plpgsql as

@@ -44,13 +44,14 @@ impl<'a> Drained<'a> {
 
     async fn round_by_turns(&mut self, round: usize) -> Result<Sample> {
         let shape = self.ceilings.shape(self.stand, &self.drain).await?;
-        let raw_first = round % 2 == 1;
-        let mut raw = self.raw_if(shape.filter(|_| raw_first)).await?;
-        let mut bare = self.bare_if(!raw_first, round).await?;
-        let (drained, fresh) = self.relay(round).await?;
-        if raw_first {
-            bare = self.bare_if(true, round).await?;
+        let (raw, bare, (drained, fresh));
+        if round % 2 == 1 {
+            raw = self.raw_if(shape).await?;
+            (drained, fresh) = self.relay(round).await?;
+            bare = self.bare_if_wanted(round).await?;
         } else {
+            bare = self.bare_if_wanted(round).await?;
+            (drained, fresh) = self.relay(round).await?;
             raw = self.raw_if(shape).await?;
         }
         let mut sample = self.figures(&drained, raw.as_ref());
@@ -119,9 +120,8 @@ impl<'a> Drained<'a> {
         }
     }
 
-    /// The relay that promises nothing, if it is its turn and it is wanted.
-    async fn bare_if(&self, turn: bool, round: usize) -> Result<Option<Bare>> {
-        if !(turn && self.drain.bare) {
+    async fn bare_if_wanted(&self, round: usize) -> Result<Option<Bare>> {
+        if !self.drain.bare {
             return Ok(None);
         }
         let name = format!("{}_{round}_bare", self.name);

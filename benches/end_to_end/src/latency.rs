@@ -4,7 +4,7 @@
 //! due during it. Two spans are measured: from the moment the commit was answered, and from the moment the row was *due*,
 //! which counts what the stall kept from being written at all (coordinated omission).
 
-use crate::cost::Meter;
+use crate::cost::{Meter, SETTLED};
 use crate::measures::P99_OF_ALL;
 use crate::run::Sample;
 use crate::stand::{NAME, Place, Stand};
@@ -19,8 +19,6 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// After its start a relay has a few things to do once.
-const SETTLED: Duration = Duration::from_secs(5);
 /// No row may be under way for longer.
 const LIMIT: Duration = Duration::from_secs(60);
 

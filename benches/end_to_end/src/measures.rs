@@ -264,4 +264,14 @@ mod tests {
         let names: HashSet<_> = MEASURES.iter().map(|measure| measure.name).collect();
         assert_eq!(names.len(), MEASURES.len());
     }
+
+    #[test]
+    fn the_bare_relay_is_given_what_it_can_read() {
+        for drain in MEASURES.iter().filter_map(|measure| match measure.kind {
+            Kind::Drain(drain) if drain.bare => Some(drain),
+            _ => None,
+        }) {
+            assert_eq!((drain.payload, drain.past, drain.round_trip), ("jsonb", Past::Fresh, Duration::ZERO));
+        }
+    }
 }

@@ -11,12 +11,17 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
 
-/// A publisher of this program's own as a process of its own, so that its processor time can be told from everything else's.
-pub async fn publisher(arguments: &[&str]) -> Result<Done> {
+/// A subcommand of this program, as a process whose processor time can be told from everything else's.
+pub fn subcommand(name: &str) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    let output = command.args(arguments).stdin(Stdio::null()).kill_on_drop(true).output().await?;
-    let name = arguments.first().copied().unwrap_or_default();
-    ensure!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    command.arg(name).stdin(Stdio::null()).kill_on_drop(true);
+    Ok(command)
+}
+
+/// Runs it to its end.
+pub async fn done(mut subcommand: Command) -> Result<Done> {
+    let output = subcommand.output().await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 

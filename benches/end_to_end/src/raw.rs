@@ -106,6 +106,12 @@ pub fn poll_for_nobody<T>(answer: &mut BoxFuture<'_, T>) -> Poll<T> {
     answer.poll_unpin(&mut Task::from_waker(Waker::noop()))
 }
 
+/// An ack, and no return.
+pub fn is_ack(answer: lapin::Result<Confirmation>) -> Result<()> {
+    ensure!(matches!(answer?, Confirmation::Ack(None)), "a message was refused or returned");
+    Ok(())
+}
+
 /// As large as those of the relay's messages.
 pub fn properties(id: i64, key: Option<&str>, message_id: &str) -> BasicProperties {
     let mut headers = FieldTable::default();
@@ -140,10 +146,6 @@ async fn send(
         );
         async { sent.await?.await }.boxed()
     };
-    let settle = |answer: lapin::Result<Confirmation>| {
-        ensure!(matches!(answer?, Confirmation::Ack(None)), "a message was refused or returned");
-        Ok(())
-    };
     let mut open = VecDeque::with_capacity(window);
     let mut left = messages;
     while left > 0 || !open.is_empty() {
@@ -153,17 +155,17 @@ async fn send(
         for _ in 0..free {
             let mut answer = publish();
             match poll_for_nobody(&mut answer) {
-                Poll::Ready(answer) => settle(answer)?,
+                Poll::Ready(answer) => is_ack(answer)?,
                 Poll::Pending => open.push_back(answer),
             }
         }
         // In the order of sending, which is that of the answers: a wake-up for many of them.
         if let Some(oldest) = open.pop_front() {
-            settle(oldest.await)?;
+            is_ack(oldest.await)?;
         }
         while let Some(mut next) = open.pop_front() {
             match poll_for_nobody(&mut next) {
-                Poll::Ready(answer) => settle(answer)?,
+                Poll::Ready(answer) => is_ack(answer)?,
                 Poll::Pending => {
                     open.push_front(next);
                     break;

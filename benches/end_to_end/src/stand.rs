@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::process::Command;
 
 /// Exchange and queue of every measure.
@@ -152,6 +152,22 @@ impl Stand {
         ServersCpu { database, broker }
     }
 
+    /// Processes of Postgres's connections, and its other ones.
+    pub fn backends(&self) -> Vec<u32> {
+        children(self.pids[0])
+    }
+
+    /// Waits until Postgres has noticed that all others have ended: until then their time is nowhere.
+    pub async fn until_ended_but(&self, backends: &[u32]) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(10);
+        let begun = Instant::now();
+        while self.backends().iter().any(|pid| !backends.contains(pid)) {
+            ensure!(begun.elapsed() < LIMIT, "a connection to Postgres does not end");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        Ok(())
+    }
+
     /// Divides the cores among the broker and all others, or gives them back. What this process starts is one of the others.
     pub async fn share_cores(&self, cores: Cores) -> Result<()> {
         let (brokers, others) = match cores {
@@ -161,7 +177,7 @@ impl Stand {
         ensure!(!brokers.is_empty(), "one core cannot be divided");
         let [database, broker] = self.pids;
         let mut pids = vec![(std::process::id(), others), (database, others), (broker, brokers)];
-        pids.extend(children(database).into_iter().map(|pid| (pid, others)));
+        pids.extend(self.backends().into_iter().map(|pid| (pid, others)));
         for (pid, cores) in pids {
             let cores: Vec<String> = cores.iter().map(usize::to_string).collect();
             confine(pid, &cores.join(",")).await?;
