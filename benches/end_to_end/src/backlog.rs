@@ -18,6 +18,8 @@ const STUCK: Duration = Duration::from_secs(60);
 const FIRST: usize = 1;
 /// Some seconds after the first row it has read, a relay knows which ids before it belong to none.
 const SETTLED: Duration = Duration::from_secs(8);
+/// A past is over: what writing it left to disks and caches of the machine, and of its host, is not the drain's.
+const PAST_RESTS: Duration = Duration::from_secs(30);
 
 /// A place with its past, and what holds it open.
 pub struct Backlog<'a> {
@@ -242,14 +244,13 @@ impl<'a> Backlog<'a> {
 }
 
 async fn give_past(place: &Place<'_>, past: Past) -> Result<Option<PgConnection>> {
-    match past {
-        Past::Fresh => Ok(None),
+    let open = match past {
+        Past::Fresh => return Ok(None),
         Past::Delivered(rows) => {
             let past = "insert into outbox (routing_key, payload, delivered_at)
                         select 'past', '{}', clock_timestamp() from generate_series(1, ";
             place.sql(&format!("{past}{rows}) as i")).await?;
-            place.sql("vacuum analyze outbox").await?;
-            Ok(None)
+            None
         }
         Past::OpenTransaction(rows) => {
             let mut open = place.db().await?;
@@ -258,10 +259,13 @@ async fn give_past(place: &Place<'_>, past: Past) -> Result<Option<PgConnection>
                 "insert into outbox (routing_key, payload) select 'past', '{}' from generate_series(1, ";
             place.sql(&format!("{past}{rows}) as i")).await?;
             place.sql("update outbox set delivered_at = clock_timestamp()").await?;
-            place.sql("vacuum analyze outbox").await?;
-            Ok(Some(open))
+            Some(open)
         }
-    }
+    };
+    place.sql("vacuum analyze outbox").await?;
+    place.administer("checkpoint").await?;
+    tokio::time::sleep(PAST_RESTS).await;
+    Ok(open)
 }
 
 fn cpu_seconds(relays: &[Relay]) -> Result<f64> {

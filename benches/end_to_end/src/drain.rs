@@ -59,8 +59,7 @@ impl<'a> Drained<'a> {
             sample.extend(self.figures_of_bare(&bare, drained.rate, raw.as_ref()));
         }
         if let Some(fresh) = fresh {
-            sample.push((AGAINST_FRESH, "", drained.rate / fresh.rate));
-            sample.extend(stolen::figure("stolen by the host, fresh table", fresh.stolen));
+            sample.extend(self.figures_of_fresh(&fresh, drained.rate));
         }
         if !self.drain.round_trip.is_zero() {
             sample.push(("round trip to the broker", "ms", self.round_trip_ms().await?));
@@ -99,6 +98,18 @@ impl<'a> Drained<'a> {
             ]);
             sample.extend(stolen::figure("stolen by the host, raw", raw.stolen));
         }
+        sample
+    }
+
+    fn figures_of_fresh(&self, fresh: &Done, rate: f64) -> Sample {
+        let per_100k = 1e5 / self.drain.rows as f64;
+        let mut sample = vec![
+            (AGAINST_FRESH, "", rate / fresh.rate),
+            ("CPU per 100 000 rows, fresh table", "s", fresh.cpu * per_100k),
+            ("Postgres's CPU per 100 000, fresh table", "s", fresh.servers.database * per_100k),
+            ("RabbitMQ's CPU per 100 000, fresh table", "s", fresh.servers.broker * per_100k),
+        ];
+        sample.extend(stolen::figure("stolen by the host, fresh table", fresh.stolen));
         sample
     }
 
