@@ -3,16 +3,21 @@
 //! Rows are due by the clock, not when the one before is done (an open loop), so a stall is felt by all rows that were
 //! due during it. Two spans are measured: from the moment the commit was answered, and from the moment the row was *due*,
 //! which counts what the stall kept from being written at all (coordinated omission).
+//!
+//! A steady rate is written once more by writers that publish each row themselves as soon as it is committed, with no relay
+//! (and no promise: a writer that dies between the two has lost the message). No relay can be earlier than they are.
 
 use crate::cost::{Meter, SETTLED};
 use crate::measures::P99_OF_ALL;
+use crate::raw;
 use crate::run::Sample;
 use crate::stand::{NAME, Place, Stand};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use hdrhistogram::Histogram;
-use lapin::options::BasicConsumeOptions;
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
+use lapin::{Channel, PublisherConfirm};
 use sqlx::{Connection, PgConnection};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -52,27 +57,70 @@ pub async fn steady(
     lasts: Duration,
     all: &mut AllRounds,
 ) -> Result<Sample> {
-    let rows = (f64::from(rate) * lasts.as_secs_f64()) as usize;
-    let writers = if rate > 1_000 { 16 } else { 4 };
     let place = stand.place(name).await?;
-    let (times, consumer) = consumer(&place, rows).await?;
+    let (times, consumer) = consumer(&place, rows_of(rate, lasts)).await?;
     let relay = place.relay(&[])?;
     relay.until_ready().await?;
+    sleep(SETTLED).await;
+    let meter = Meter::start(&place, &relay).await?;
+    let written = write_by_the_clock(&place, &times, rate, lasts, None).await?;
+    tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
+    // Postgres's part and the statements are the writers' too.
+    let costs = meter.read(&place, &relay).await?;
+    relay.stop().await?;
+    place.leave().await?;
+    let without = without_a_relay(stand, &format!("{name}_without"), rate, lasts).await?;
+    Ok([spans(&times, all)?, without, vec![("rows written", "/s", written)], costs].concat())
+}
+
+async fn without_a_relay(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Result<Sample> {
+    let place = stand.place(name).await?;
+    let (times, consumer) = consumer(&place, rows_of(rate, lasts)).await?;
+    let (connection, channel) = stand.channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    write_by_the_clock(&place, &times, rate, lasts, Some(&channel)).await?;
+    tokio::time::timeout(LIMIT, consumer).await.context("messages did not arrive")???;
+    connection.close(200, "done".into()).await?;
+    place.leave().await?;
+    let spans = spans_since(&times, |times| &times.committed)?;
+    let names = [("the writer publishes itself, p50", 0.5), ("the writer publishes itself, p99", 0.99)];
+    Ok(figures(&spans, &names))
+}
+
+fn rows_of(rate: u32, lasts: Duration) -> usize {
+    (f64::from(rate) * lasts.as_secs_f64()) as usize
+}
+
+/// Gives the rows that were written per second. With a channel each is published there, too, as soon as it is committed.
+async fn write_by_the_clock(
+    place: &Place<'_>,
+    times: &Shared,
+    rate: u32,
+    lasts: Duration,
+    channel: Option<&Channel>,
+) -> Result<f64> {
+    let rows = rows_of(rate, lasts);
+    let writers = if rate > 1_000 { 16 } else { 4 };
     let mut connections = Vec::new();
     for _ in 0..writers {
         connections.push(place.db().await?);
     }
-    sleep(SETTLED).await;
-    let meter = Meter::start(&place, &relay).await?;
     let begin = Instant::now();
     let mut tasks = Vec::new();
     for (writer, mut db) in connections.into_iter().enumerate() {
-        let times = Arc::clone(&times);
+        let (times, channel) = (Arc::clone(times), channel.cloned());
         tasks.push(tokio::spawn(async move {
+            let mut answers = Vec::new();
             for row in (writer..rows).step_by(writers) {
                 let due = begin + Duration::from_secs_f64(row as f64 / f64::from(rate));
                 sleep_until(due).await;
                 write(&mut db, &times, row, due).await?;
+                if let Some(channel) = &channel {
+                    answers.push(publish(channel, row).await?);
+                }
+            }
+            for answer in answers {
+                raw::is_ack(answer.await)?;
             }
             db.close().await.map_err(anyhow::Error::from)
         }));
@@ -80,13 +128,14 @@ pub async fn steady(
     for task in tasks {
         task.await??;
     }
-    let written = rows as f64 / begin.elapsed().as_secs_f64();
-    tokio::time::timeout(LIMIT, consumer).await.context("rows did not arrive")???;
-    // Postgres's part and the statements are the writers' too.
-    let costs = meter.read(&place, &relay).await?;
-    relay.stop().await?;
-    place.leave().await?;
-    Ok([spans(&times, all)?, vec![("rows written", "/s", written)], costs].concat())
+    Ok(rows as f64 / begin.elapsed().as_secs_f64())
+}
+
+async fn publish(channel: &Channel, row: usize) -> Result<PublisherConfirm> {
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let body = serde_json::json!({ "row": row, "x": "x".repeat(480) }).to_string();
+    let properties = raw::properties(row as i64, Some("key 1000"), "00000000-0000-0000-0000-000000000000");
+    Ok(channel.basic_publish(NAME.into(), "bench".into(), options, body.as_bytes(), properties).await?)
 }
 
 /// One row after a silence, again and again.
@@ -152,17 +201,8 @@ async fn consumer(place: &Place<'_>, rows: usize) -> Result<(Shared, JoinHandle<
 }
 
 fn spans(times: &Shared, all: &mut AllRounds) -> Result<Sample> {
-    let times = times.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let of = |from: &[Option<Instant>]| -> Result<Histogram<u64>> {
-        let mut spans = histogram()?;
-        for (from, to) in from.iter().zip(&times.received) {
-            let (from, to) = from.zip(*to).context("a row has no times")?;
-            // The message may be here before the writer has heard of its commit.
-            spans.record(to.saturating_duration_since(from).as_micros() as u64)?;
-        }
-        Ok(spans)
-    };
-    let (committed, due) = (of(&times.committed)?, of(&times.due)?);
+    let committed = spans_since(times, |times| &times.committed)?;
+    let due = spans_since(times, |times| &times.due)?;
     all.add(&committed)?;
     let of_committed = [
         ("commit to consumer, p50", 0.5),
@@ -177,11 +217,23 @@ fn spans(times: &Shared, all: &mut AllRounds) -> Result<Sample> {
         ("due to consumer, max", 1.0),
     ];
     let of_all = [(P99_OF_ALL, 0.99)];
-    let spans = [(&committed, &of_committed[..]), (&due, &of_due[..]), (&*all, &of_all[..])];
-    let figures = spans.iter().flat_map(|(spans, names)| {
-        names.iter().filter_map(|(name, quantile)| Some((*name, "ms", quantile_ms(spans, *quantile)?)))
-    });
-    Ok(figures.collect())
+    Ok([figures(&committed, &of_committed), figures(&due, &of_due), figures(all, &of_all)].concat())
+}
+
+fn spans_since(times: &Shared, since: fn(&Times) -> &Vec<Option<Instant>>) -> Result<Histogram<u64>> {
+    let times = times.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut spans = histogram()?;
+    for (from, to) in since(&times).iter().zip(&times.received) {
+        let (from, to) = from.zip(*to).context("a row has no times")?;
+        // The message may be here before the writer has heard of its commit.
+        spans.record(to.saturating_duration_since(from).as_micros() as u64)?;
+    }
+    Ok(spans)
+}
+
+fn figures(spans: &Histogram<u64>, names: &[(&'static str, f64)]) -> Sample {
+    let figure = |&(name, quantile): &(&'static str, f64)| Some((name, "ms", quantile_ms(spans, quantile)?));
+    names.iter().filter_map(figure).collect()
 }
 
 /// `None` where no row lies above it: then it is the largest, by another name.
