@@ -10,6 +10,7 @@ use std::path::PathBuf;
 pub struct Options {
     pub measures: Vec<&'static Measure>,
     pub quick: bool,
+    pub relay_only: bool,
     /// `None`: by the size of a measure.
     pub rounds: Option<usize>,
     pub relay: PathBuf,
@@ -54,6 +55,7 @@ pub fn command() -> Command {
         )
         .arg(flag("quick", "A few measures with few rows, once: shows that all works, and claims nothing"))
         .arg(flag("all", "Long measures too").conflicts_with("quick"))
+        .arg(flag("relay-only", "No raw publisher and no bare relay beside a drain, and no ratio: quicker, to look at the relay"))
         .arg(
             Arg::new("rounds")
                 .long("rounds")
@@ -114,6 +116,7 @@ pub fn options(matches: &ArgMatches) -> Result<Options, String> {
     Ok(Options {
         measures: MEASURES.iter().filter(wanted).collect(),
         quick,
+        relay_only: matches.get_flag("relay-only"),
         rounds: matches.get_one::<u64>("rounds").and_then(|rounds| usize::try_from(*rounds).ok()),
         relay: path("relay")?,
         services: path("services")?,

@@ -4,7 +4,7 @@ use crate::ceiling::Ceilings;
 use crate::cli::Options;
 use crate::drain::Drained;
 use crate::latency::AllRounds;
-use crate::measures::{Drain, Keys, Kind, Measure, Past, Size};
+use crate::measures::{Against, Drain, Keys, Kind, Measure, Past, Size};
 use crate::report::{Measured, Report};
 use crate::stand::Stand;
 use crate::stolen::{self, Stolen};
@@ -90,9 +90,10 @@ async fn take(
 ) -> Result<()> {
     let rounds = options.rounds(measure);
     // Neighbours may be busy all day.
-    let again_max = if options.quick || measure.size == Size::Long { 0 } else { 2 * rounds };
+    let again_max =
+        if options.quick || options.relay_only || measure.size == Size::Long { 0 } else { 2 * rounds };
     let mut drained = match measure.kind {
-        Kind::Drain(drain) => Some(Drained::new(stand, measure.name, scaled(drain, options.quick), ceilings)),
+        Kind::Drain(drain) => Some(Drained::new(stand, measure.name, wanted(drain, options), ceilings)),
         _ => None,
     };
     let mut all = latency::histogram()?;
@@ -143,6 +144,12 @@ async fn take_other(
     }?;
     sample.extend(stolen::figure("stolen by the host", stolen.percent()));
     Ok(sample)
+}
+
+/// A drain as it was asked for.
+fn wanted(drain: Drain, options: &Options) -> Drain {
+    let drain = scaled(drain, options.quick);
+    if options.relay_only { Drain { against: Against::Nothing, bare: false, ..drain } } else { drain }
 }
 
 /// With fewer rows in a quick run.
