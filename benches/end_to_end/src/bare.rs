@@ -8,12 +8,12 @@
 //! No order, no ownership, no attempts, no stop; an unroutable row or a lost connection ends it. It shows what a machine
 //! allows a relay, and what the promises of ours cost on top.
 
-use crate::raw::{Done, is_ack, poll_for_nobody, properties};
+use crate::raw::{Done, MANDATORY, is_ack, poll_for_nobody, properties};
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
 use futures_util::FutureExt;
 use futures_util::future::try_join_all;
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, ConnectionProperties};
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection, Row};
@@ -110,7 +110,6 @@ async fn publish(
     mut batches: mpsc::Receiver<Vec<PgRow>>,
     delivered: mpsc::Sender<Vec<i64>>,
 ) -> Result<Channel> {
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
     while let Some(batch) = batches.recv().await {
         let mut ids = Vec::with_capacity(batch.len());
         let mut open = Vec::with_capacity(batch.len());
@@ -126,7 +125,7 @@ async fn publish(
             let sent = channel.basic_publish(
                 exchange.as_str().into(),
                 routing_key.into(),
-                options,
+                MANDATORY,
                 payload,
                 properties,
             );

@@ -55,7 +55,7 @@ pub fn command() -> Command {
         )
         .arg(flag("quick", "A few measures with few rows, once: shows that all works, and claims nothing"))
         .arg(flag("all", "Long measures too").conflicts_with("quick"))
-        .arg(flag("relay-only", "No raw publisher and no bare relay beside a drain, and no ratio: quicker, to look at the relay"))
+        .arg(flag("relay-only", "Without what it is compared with, and no ratio: no raw publisher, no bare relay, no writers that publish themselves"))
         .arg(
             Arg::new("rounds")
                 .long("rounds")
@@ -145,5 +145,6 @@ mod tests {
         assert!(names(&[]).len() < names(&["--all"]).len());
         assert!(parse(&["--only", "nothing"]).unwrap_err().contains("'nothing'"));
         assert!(parse(&["--rounds", "0"]).is_err());
+        assert!(parse(&["--relay-only"]).unwrap().relay_only && !parse(&[]).unwrap().relay_only);
     }
 }

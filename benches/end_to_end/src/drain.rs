@@ -67,9 +67,14 @@ impl<'a> Drained<'a> {
         Ok(sample)
     }
 
+    /// What is of a drain becomes that of 100 000 rows.
+    fn per_100k(&self) -> f64 {
+        1e5 / self.drain.rows as f64
+    }
+
     fn figures(&self, done: &Done, raw: Option<&Raw>) -> Sample {
         let Done { rate, cpu, peak_rss_mib, servers, counted, vacuum, stolen } = done;
-        let per_100k = 1e5 / self.drain.rows as f64;
+        let per_100k = self.per_100k();
         let mut sample = vec![
             ("rate", "rows/s", *rate),
             ("CPU per 100 000 rows", "s", cpu * per_100k),
@@ -102,7 +107,7 @@ impl<'a> Drained<'a> {
     }
 
     fn figures_of_fresh(&self, fresh: &Done, rate: f64) -> Sample {
-        let per_100k = 1e5 / self.drain.rows as f64;
+        let per_100k = self.per_100k();
         let mut sample = vec![
             (AGAINST_FRESH, "", rate / fresh.rate),
             ("CPU per 100 000 rows, fresh table", "s", fresh.cpu * per_100k),
@@ -141,7 +146,7 @@ impl<'a> Drained<'a> {
 
     fn figures_of_bare(&self, bare: &Bare, relay_rate: f64, raw: Option<&Raw>) -> Sample {
         let Bare { done, servers, stolen } = bare;
-        let (rate, per_100k) = (self.drain.rows as f64 / done.seconds, 1e5 / self.drain.rows as f64);
+        let (rate, per_100k) = (self.drain.rows as f64 / done.seconds, self.per_100k());
         let mut sample = vec![
             ("against a bare relay", "", relay_rate / rate),
             ("bare rate", "rows/s", rate),

@@ -15,7 +15,7 @@ use crate::stand::{NAME, Place, Stand};
 use anyhow::{Context, Result, ensure};
 use futures_util::StreamExt;
 use hdrhistogram::Histogram;
-use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions};
+use lapin::options::{BasicConsumeOptions, ConfirmSelectOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, PublisherConfirm};
 use sqlx::{Connection, PgConnection};
@@ -28,7 +28,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// When each row was due, answered and received.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Times {
     due: Vec<Option<Instant>>,
     committed: Vec<Option<Instant>>,
@@ -69,11 +69,11 @@ pub async fn steady(
     let costs = meter.read(&place, &relay).await?;
     relay.stop().await?;
     place.leave().await?;
-    let without = without_a_relay(stand, &format!("{name}_without"), rate, lasts).await?;
-    Ok([spans(&times, all)?, without, vec![("rows written", "/s", written)], costs].concat())
+    Ok([spans(&times, all)?, vec![("rows written", "/s", written)], costs].concat())
 }
 
-async fn without_a_relay(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Result<Sample> {
+/// The same, and each writer publishes what it has committed.
+pub async fn without_a_relay(stand: &Stand, name: &str, rate: u32, lasts: Duration) -> Result<Sample> {
     let place = stand.place(name).await?;
     let (times, consumer) = consumer(&place, rows_of(rate, lasts)).await?;
     let (connection, channel) = stand.channel().await?;
@@ -132,10 +132,11 @@ async fn write_by_the_clock(
 }
 
 async fn publish(channel: &Channel, row: usize) -> Result<PublisherConfirm> {
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
     let body = serde_json::json!({ "row": row, "x": "x".repeat(480) }).to_string();
-    let properties = raw::properties(row as i64, Some("key 1000"), "00000000-0000-0000-0000-000000000000");
-    Ok(channel.basic_publish(NAME.into(), "bench".into(), options, body.as_bytes(), properties).await?)
+    let properties = raw::usual_properties();
+    Ok(channel
+        .basic_publish(NAME.into(), "bench".into(), raw::MANDATORY, body.as_bytes(), properties)
+        .await?)
 }
 
 /// One row after a silence, again and again.

@@ -112,6 +112,14 @@ pub fn is_ack(answer: lapin::Result<Confirmation>) -> Result<()> {
     Ok(())
 }
 
+/// What no queue takes comes back.
+pub const MANDATORY: BasicPublishOptions = BasicPublishOptions { mandatory: true, immediate: false };
+
+/// Of a message in the middle of a drain.
+pub fn usual_properties() -> BasicProperties {
+    properties(1_000_000, Some("key 1000"), "00000000-0000-0000-0000-000000000000")
+}
+
 /// As large as those of the relay's messages.
 pub fn properties(id: i64, key: Option<&str>, message_id: &str) -> BasicProperties {
     let mut headers = FieldTable::default();
@@ -134,13 +142,12 @@ async fn send(
     messages: usize,
     window: usize,
 ) -> Result<Channel> {
-    let properties = properties(1_000_000, Some("key 1000"), "00000000-0000-0000-0000-000000000000");
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let properties = usual_properties();
     let publish = || {
         let sent = channel.basic_publish(
             exchange.as_str().into(),
             "bench".into(),
-            options,
+            MANDATORY,
             &payload,
             properties.clone(),
         );

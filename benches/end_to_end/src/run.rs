@@ -107,7 +107,7 @@ async fn take(
         let before = all.clone();
         let sample = match &mut drained {
             Some(drained) => drained.round(round).await,
-            None => take_other(stand, measure, round, options.quick, &mut all).await,
+            None => take_other(stand, measure, round, options, &mut all).await,
         };
         let sample = sample.with_context(|| format!("round {round}"))?;
         if stolen::disturbed(&sample) && again < again_max {
@@ -124,16 +124,24 @@ async fn take_other(
     stand: &Stand,
     measure: &Measure,
     round: usize,
-    quick: bool,
+    options: &Options,
     all: &mut AllRounds,
 ) -> Result<Sample> {
     let name = &format!("{}_{round}", measure.name);
+    let quick = options.quick;
     let seconds = |normal, short| Duration::from_secs(if quick { short } else { normal });
     stand.rest().await;
     let stolen = Stolen::from_now();
     let mut sample = match measure.kind {
         Kind::Drain(_) => anyhow::bail!("a drain has a table"),
-        Kind::Latency { rate } => latency::steady(stand, name, rate, seconds(20, 3), all).await,
+        Kind::Latency { rate } => {
+            let mut sample = latency::steady(stand, name, rate, seconds(20, 3), all).await?;
+            if !options.relay_only {
+                let name = &format!("{name}_without");
+                sample.extend(latency::without_a_relay(stand, name, rate, seconds(20, 3)).await?);
+            }
+            Ok(sample)
+        }
         Kind::LoneRow { silence, watched } => {
             let rows = if silence > Duration::from_secs(10) { 10 } else { 100 };
             latency::lone(stand, name, silence, watched, if quick { 3 } else { rows }, all).await
@@ -192,5 +200,29 @@ impl Progress {
             self.begun.elapsed().as_secs_f64(),
             failure.map_or_else(String::new, |failure| format!(", failed: {failure}"))
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli;
+
+    #[test]
+    fn a_relay_alone_is_compared_with_nothing() {
+        let asked = |words: &[&str]| {
+            let matches =
+                cli::command().try_get_matches_from([&["bench", "--only", "marked"], words].concat());
+            let options = cli::options(&matches.unwrap()).unwrap();
+            let drain = match options.measures[0].kind {
+                Kind::Drain(drain) => Some(drain),
+                _ => None,
+            };
+            wanted(drain.unwrap(), &options)
+        };
+        let (usual, alone) = (asked(&[]), asked(&["--relay-only"]));
+        assert!(matches!(usual.against, Against::Best) && usual.bare);
+        assert!(matches!(alone.against, Against::Nothing) && !alone.bare);
+        assert_eq!(alone.rows, usual.rows);
     }
 }
