@@ -63,8 +63,9 @@ pub fn command() -> Command {
                 .value_parser(value_parser!(u64).range(1..=100))
                 .help("How often each measure is taken [default: 3; quick and long ones: 1]"),
         )
-        .arg(path("save", "DIR", "Where to keep the table, the raw data and a plot, written after each measure [default: the folder 'last' in --dir, of which only the last run is kept]"))
+        .arg(path("save", "DIR", "Where to keep the table, the raw data and pictures, written after each measure [default: the folder 'last' in --dir, of which only the last run is kept]"))
         .arg(flag("list", "Show all measures, and end"))
+        .arg(path("draw", "DIR", "Draw the pictures of a run that was kept there again, and end"))
         .arg(path("relay", "PATH", "The outbox-relay to measure").default_value("target/release/outbox-relay"))
         .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
         .arg(path("dir", "DIR", "Where servers and logs live").default_value("target/bench"))

@@ -31,6 +31,8 @@ mod stand;
 mod stats;
 mod stolen;
 
+use anyhow::{Result, ensure};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[tokio::main]
@@ -40,9 +42,10 @@ async fn main() -> ExitCode {
         println!("{}", measures::list());
         return ExitCode::SUCCESS;
     }
-    let done = match matches.subcommand() {
-        Some(("raw", matches)) => raw::main(matches).await,
-        Some(("bare", matches)) => bare::main(matches).await,
+    let done = match (matches.subcommand(), matches.get_one::<PathBuf>("draw")) {
+        (Some(("raw", matches)), _) => raw::main(matches).await,
+        (Some(("bare", matches)), _) => bare::main(matches).await,
+        (_, Some(dir)) => draw_again(dir),
         _ => match cli::options(&matches) {
             Ok(options) => run::run(options).await,
             Err(sentence) => {
@@ -58,4 +61,13 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn draw_again(dir: &Path) -> Result<()> {
+    let pictures = plot::draw(dir)?;
+    ensure!(!pictures.is_empty(), "{}: this run has neither a ratio nor a latency to draw", dir.display());
+    for picture in pictures {
+        println!("{}", picture.display());
+    }
+    Ok(())
 }

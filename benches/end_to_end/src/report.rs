@@ -1,9 +1,9 @@
-//! The outcome of a run: a table for people, all figures as JSON, and a plot.
+//! The outcome of a run: a table for people, all figures as JSON, and pictures.
 
 use crate::ceiling::Trial;
 use crate::cli::Options;
 use crate::measures::{Goal, Measure, P99_OF_ALL};
-use crate::plot;
+use crate::plot::{self, PLOTS};
 use crate::run::{Sample, Taken};
 use crate::stand::Stand;
 use crate::stats::Spread;
@@ -17,8 +17,8 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 const TABLE: &str = "table.md";
-const JSON: &str = "results.json";
-const PLOT: &str = "ratios.svg";
+/// All figures.
+pub const JSON: &str = "results.json";
 /// Where this was built.
 const SOURCES: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -76,11 +76,6 @@ impl Measured {
             measured.add(name, unit, rounds);
         }
         measured
-    }
-
-    /// A figure by its name.
-    pub fn figure(&self, name: &str) -> Option<&Figure> {
-        self.figures.iter().find(|figure| figure.name == name)
     }
 
     fn add(&mut self, name: &'static str, unit: &'static str, rounds: Vec<f64>) {
@@ -249,21 +244,22 @@ pub fn commit(relay: &Path) -> Result<String> {
     })
 }
 
+/// All that a run writes.
+fn files() -> impl Iterator<Item = &'static str> {
+    [TABLE, JSON].into_iter().chain(PLOTS)
+}
+
 /// A folder for a run that is to be kept.
 pub fn prepare(dir: &Path) -> Result<()> {
     // Empty ones are of a run that has measured nothing.
-    let held = |name: &&str| std::fs::metadata(dir.join(name)).is_ok_and(|file| file.len() > 0);
-    ensure!(
-        ![TABLE, JSON, PLOT].iter().any(held),
-        "{} holds a run already: name another folder",
-        dir.display()
-    );
+    let held = |name: &str| std::fs::metadata(dir.join(name)).is_ok_and(|file| file.len() > 0);
+    ensure!(!files().any(held), "{} holds a run already: name another folder", dir.display());
     begin(dir)
 }
 
 /// A folder of which only the last run is wanted.
 pub fn clear(dir: &Path) -> Result<()> {
-    for name in [TABLE, JSON, PLOT] {
+    for name in files() {
         let _ = std::fs::remove_file(dir.join(name));
     }
     begin(dir)
@@ -275,9 +271,9 @@ fn begin(dir: &Path) -> Result<()> {
     std::fs::write(dir.join(TABLE), "").with_context(|| format!("cannot write into {}", dir.display()))
 }
 
-/// `table.md`, `results.json`, `ratios.svg`.
+/// `table.md`, `results.json`, and its pictures.
 pub fn save(report: &Report, dir: &Path) -> Result<()> {
     std::fs::write(dir.join(TABLE), report.table())?;
     std::fs::write(dir.join(JSON), serde_json::to_string_pretty(report)? + "\n")?;
-    plot::ratios(report, &dir.join(PLOT))
+    plot::draw(dir).map(drop)
 }
