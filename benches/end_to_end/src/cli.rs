@@ -65,7 +65,10 @@ pub fn command() -> Command {
         )
         .arg(path("save", "DIR", "Where to keep the table, the raw data and pictures, written after each measure [default: the folder 'last' in --dir, of which only the last run is kept]"))
         .arg(flag("list", "Show all measures, and end"))
-        .arg(path("draw", "DIR", "Draw the pictures of a run that was kept there again, and end"))
+        .arg(
+            path("draw", "DIR", "Draw the pictures of the run in this folder again, and end")
+                .conflicts_with_all(["only", "quick", "all", "relay-only", "rounds", "save", "list"]),
+        )
         .arg(path("relay", "PATH", "The outbox-relay to measure").default_value("target/release/outbox-relay"))
         .arg(path("services", "PATH", "scripts/services").default_value("scripts/services").hide(true))
         .arg(path("dir", "DIR", "Where servers and logs live").default_value("target/bench"))
@@ -146,6 +149,7 @@ mod tests {
         assert!(names(&[]).len() < names(&["--all"]).len());
         assert!(parse(&["--only", "nothing"]).unwrap_err().contains("'nothing'"));
         assert!(parse(&["--rounds", "0"]).is_err());
+        assert!(parse(&["--draw", "kept", "--quick"]).unwrap_err().contains("'--draw <DIR>'"));
         assert!(parse(&["--relay-only"]).unwrap().relay_only && !parse(&[]).unwrap().relay_only);
     }
 }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-/// All there may be: a run without a ratio, or without a latency, has one of them only.
+/// All there may be: a run without a ratio, or without a latency, lacks that one.
 pub const PLOTS: [&str; 2] = ["ratios.svg", "latencies.svg"];
 
 const WIDTH: u32 = 900;
@@ -42,9 +42,10 @@ struct Measured {
 #[derive(Deserialize)]
 struct Figure {
     name: String,
-    median: f64,
-    min: f64,
-    max: f64,
+    /// `null` where it is no number.
+    median: Option<f64>,
+    min: Option<f64>,
+    max: Option<f64>,
 }
 
 impl Results {
@@ -52,11 +53,14 @@ impl Results {
     fn of<const N: usize>(&self, names: [&str; N]) -> Vec<(&str, [Option<Spread>; N])> {
         let spread = |measured: &Measured, name| {
             let figure = measured.figures.iter().find(|figure| figure.name == name);
-            figure.map(|&Figure { median, min, max, .. }| Spread { median, min, max })
+            figure.and_then(|&Figure { median, min, max, .. }| {
+                Some(Spread { median: median?, min: min?, max: max? })
+            })
         };
         let row = |measured| names.map(|name| spread(measured, name));
         let rows = self.measures.iter().map(|measured| (measured.name.as_str(), row(measured)));
-        rows.filter(|(_, figures)| figures.first().is_some_and(Option::is_some)).collect()
+        // Places count from the bottom, and the first shall be at the top.
+        rows.filter(|(_, figures)| figures.first().is_some_and(Option::is_some)).rev().collect()
     }
 }
 
@@ -111,8 +115,11 @@ fn draw_latencies(lines: &[(&str, [Option<Spread>; 4])], path: &Path) -> Result<
     let (least, greatest) = (medians().fold(1.0, f64::min), medians().fold(1.0, f64::max));
     let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
     let area = area(path, lines.len())?;
-    let mut chart = chart(&area, "commit to consumer in ms: p50, p95, p99, longest")
-        .build_cartesian_2d((least * 0.8..greatest * 1.25).log_scale(), (0..lines.len()).into_segmented())?;
+    let mut chart = chart(
+        &area,
+        "commit to consumer in ms: p50, p95, p99 and longest, medians of the rounds; logarithmic",
+    )
+    .build_cartesian_2d((least * 0.8..greatest * 1.25).log_scale(), (0..lines.len()).into_segmented())?;
     mesh(&mut chart, &names)?;
     for (place, (_, spreads)) in lines.iter().enumerate() {
         let at = |spread: &Spread| (spread.median, SegmentValue::CenterOf(place));
@@ -157,7 +164,10 @@ where
         }
         SegmentValue::Last => String::new(),
     };
-    chart.configure_mesh().disable_y_mesh().y_labels(names.len()).y_label_formatter(&name).draw()?;
+    let mut mesh = chart.configure_mesh();
+    // Without a size of its own the letters shrink with the rows.
+    mesh.label_style(("sans-serif", 12)).disable_y_mesh();
+    mesh.y_labels(names.len()).y_label_formatter(&name).draw()?;
     Ok(())
 }
 
@@ -191,6 +201,9 @@ mod tests {
         let [ratios, latencies] = drawn(&[drain, latency]);
         assert!(ratios.contains("a-drain") && !ratios.contains("late"), "{ratios}");
         assert!(latencies.contains("late") && !latencies.contains("a-drain"), "{latencies}");
+        let no_number =
+            json!({"name": "odd", "figures": [{"name": "ratio", "median": null, "min": 1.0, "max": null}]});
+        assert_eq!(drawn(&[no_number]), ["", ""], "there is nothing to draw");
         assert_eq!(drawn(&[]), ["", ""], "nothing was measured");
     }
 
