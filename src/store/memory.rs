@@ -45,6 +45,8 @@ struct Table {
     leases: BTreeMap<u32, Owned>,
     replicas: BTreeMap<Uuid, Replica>,
     leases_stalled_until: Option<Instant>,
+    /// Whose leases ran out and went to another, and when: a replica's leases end together.
+    lapses: HashSet<(Uuid, Instant)>,
     locked: HashSet<i64>,
     rejected: HashSet<i64>,
 }
@@ -116,6 +118,11 @@ impl MemoryStore {
     /// Lets every call to the lease table fail for a while.
     pub fn stall_leases(&self, time: Duration) {
         self.lock().leases_stalled_until = Some(Instant::now() + time);
+    }
+
+    /// How often a replica's leases ran out and went to another: it had crashed, or could not renew them in time.
+    pub fn lapses(&self) -> usize {
+        self.lock().lapses.len()
     }
 
     /// All rows as they are now, in id order.
@@ -424,6 +431,7 @@ impl LeaseTable for MemoryStore {
 
     async fn renew(&self, member: Member, drained: &[Lease]) -> Result<Standing, StoreError> {
         let mut table = self.lease_table()?;
+        let table = &mut *table;
         let now = Instant::now();
         let expires_at = now + member.lease_time;
         table.replicas.retain(|_, replica| replica.expires_at > now);
@@ -453,6 +461,7 @@ impl LeaseTable for MemoryStore {
         let free = |owned: &&mut Owned| owned.owner.is_none() || owned.expires_at <= now;
         let part = (quota as usize).saturating_sub(leases.len());
         for owned in table.leases.range_mut(..member.shards).map(|(_, owned)| owned).filter(free).take(part) {
+            table.lapses.extend(owned.owner.map(|owner| (owner, owned.expires_at)));
             *owned = Owned { owner: Some(member.replica), epoch: owned.epoch + 1, expires_at };
         }
         Ok(table.standing(member, now))
