@@ -294,22 +294,40 @@ mod tests {
     use crate::store::memory::MemoryStore;
     use uuid::Uuid;
 
-    /// Which may be long, where a message of it waits for its confirm. A renewal is a lock that all replicas share.
-    #[tokio::test]
-    async fn a_shard_that_cannot_be_drained_costs_looks_and_no_renewals() {
-        let store = MemoryStore::default();
-        let (holdings, _) = watch::channel(Holdings::none(Uuid::from_u128(1), 4));
-        let (_drain, drained) = mpsc::channel(10);
-        let (_connect, sink) = watch::channel(SinkState::Ready);
+    fn keeper(store: &MemoryStore) -> Keeper<MemoryStore> {
         let ends = Ends {
             store: Arc::new(store.clone()),
-            holdings: Arc::new(holdings),
-            drained,
-            sink,
+            holdings: Arc::new(watch::channel(Holdings::none(Uuid::from_u128(1), 4)).0),
+            drained: mpsc::channel(10).1,
+            sink: watch::channel(SinkState::Ready).1,
             stopping: CancellationToken::new(),
         };
         let mut keeper = Keeper::new(ends, &Settings::plain(), Instruments::unseen());
         keeper.note_broker();
+        keeper
+    }
+
+    #[tokio::test]
+    async fn a_lease_is_renewed_when_it_is_time() {
+        let store = MemoryStore::default();
+        let mut keeper = keeper(&store);
+        // The first is a member, the second has its part.
+        for _ in 0..2 {
+            keeper.turn().await.unwrap();
+        }
+        let (renewed, renew_every) = (keeper.renewed.unwrap(), keeper.terms.renew_every);
+        keeper.turn().await.unwrap();
+        assert_eq!(keeper.renewed, Some(renewed), "not before");
+        keeper.renewed = Some(renewed - renew_every);
+        keeper.turn().await.unwrap();
+        assert!(keeper.renewed > Some(renewed));
+    }
+
+    /// Which may be long, where a message of it waits for its confirm. A renewal is a lock that all replicas share.
+    #[tokio::test]
+    async fn a_shard_that_cannot_be_drained_costs_looks_and_no_renewals() {
+        let store = MemoryStore::default();
+        let mut keeper = keeper(&store);
         let other = Member { replica: Uuid::from_u128(2), ready: true, ..keeper.member };
         for _ in 0..2 {
             keeper.turn().await.unwrap();

@@ -9,7 +9,7 @@ use super::{
     Watch, Written,
 };
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ struct Table {
     leases: BTreeMap<u32, Owned>,
     replicas: BTreeMap<Uuid, Replica>,
     leases_stalled_until: Option<Instant>,
-    /// Whose leases ran out and went to another, and when: a replica's leases end together.
+    /// Whose leases ran out, and when: a replica's leases end together.
     lapses: HashSet<(Uuid, Instant)>,
     locked: HashSet<i64>,
     rejected: HashSet<i64>,
@@ -120,7 +120,7 @@ impl MemoryStore {
         self.lock().leases_stalled_until = Some(Instant::now() + time);
     }
 
-    /// How often a replica's leases ran out and went to another: it had crashed, or could not renew them in time.
+    /// How often a replica's leases had run out when they were renewed or went to another.
     pub fn lapses(&self) -> usize {
         self.lock().lapses.len()
     }
@@ -151,6 +151,11 @@ fn shard_of(row: &Row, shards: u32) -> u32 {
         None => row.id.hash(&mut hasher),
     }
     (hasher.finish() % u64::from(shards)) as u32
+}
+
+fn held_back(row: &Row, first_refused: &HashMap<&str, i64>) -> bool {
+    let key = row.ordering_key.as_deref();
+    key.and_then(|key| first_refused.get(key)).is_some_and(|first| *first < row.id)
 }
 
 /// The row as it is read: with its lease; `None` if its shard is not in the share.
@@ -214,10 +219,15 @@ impl Table {
         }
     }
 
-    fn held_back(&self, row: &Row) -> bool {
-        let earlier = self.rows.range(..row.id).map(|(_, stored)| stored);
-        row.ordering_key.is_some()
-            && earlier.into_iter().any(|other| other.refused() && other.row.ordering_key == row.ordering_key)
+    /// The first row of each key that was refused: it holds back those behind it.
+    fn first_refused(&self) -> HashMap<&str, i64> {
+        let mut first = HashMap::new();
+        for stored in self.rows.values().filter(|stored| stored.refused()) {
+            if let Some(key) = stored.row.ordering_key.as_deref() {
+                first.entry(key).or_insert(stored.row.id);
+            }
+        }
+        first
     }
 
     /// What a watch would end for.
@@ -225,9 +235,11 @@ impl Table {
         let pending = |(id, stored): (&i64, &Stored)| stored.pending().then_some(*id);
         let news = self.rows.iter().rev().find_map(pending).filter(|id| *id > watch.noticed);
         let due = |(id, stored): (&i64, &Stored)| {
-            let asked_for = watch.ranges.iter().any(|(first, last)| (first..=last).contains(&id))
+            let due = stored.pending()
+                && stored.available_at <= Instant::now()
+                && watch.ranges.iter().any(|(first, last)| (first..=last).contains(&id))
                 && !watch.in_flight.contains(id);
-            (stored.pending() && asked_for && stored.available_at <= Instant::now()).then_some(*id)
+            due.then_some(*id)
         };
         news.or_else(|| self.rows.iter().filter(|_| poll).find_map(due))
     }
@@ -243,13 +255,14 @@ impl Store for MemoryStore {
     async fn poll(&self, ask: Ask<'_>) -> Result<Read, StoreError> {
         let table = self.call()?;
         let (now, in_flight) = (Instant::now(), ask.in_flight.iter().collect::<HashSet<_>>());
+        let first_refused = table.first_refused();
         let wanted = |stored: &&Stored| {
             let row = &stored.row;
             let shard = shard_of(row, ask.share.shards);
             let due = || {
                 stored.available_at <= now
                     && !(row.attempts > 0 && ask.parked.contains(&row.route))
-                    && !(ask.keep_order && table.held_back(row))
+                    && !(ask.keep_order && held_back(row, &first_refused))
                     && ask.share.lease(shard).is_some()
             };
             stored.pending()
@@ -301,11 +314,12 @@ impl Store for MemoryStore {
         share: Share<'_>,
     ) -> Result<Option<Row>, StoreError> {
         let table = self.call()?;
+        let first_refused = table.first_refused();
         let wanted = |stored: &&Stored| {
             stored.refused()
                 && *stored.row.route == *route
                 && !in_flight.contains(&stored.row.id)
-                && !(keep_order && table.held_back(&stored.row))
+                && !(keep_order && held_back(&stored.row, &first_refused))
                 && share.lease(shard_of(&stored.row, share.shards)).is_some()
         };
         let first =
@@ -430,8 +444,7 @@ impl LeaseTable for MemoryStore {
     }
 
     async fn renew(&self, member: Member, drained: &[Lease]) -> Result<Standing, StoreError> {
-        let mut table = self.lease_table()?;
-        let table = &mut *table;
+        let table = &mut *self.lease_table()?;
         let now = Instant::now();
         let expires_at = now + member.lease_time;
         table.replicas.retain(|_, replica| replica.expires_at > now);
@@ -444,6 +457,9 @@ impl LeaseTable for MemoryStore {
         for shard in 0..member.shards {
             let unowned = || Owned { owner: None, epoch: 0, expires_at: now };
             let owned = table.leases.entry(shard).or_insert_with(unowned);
+            if owned.expires_at <= now {
+                table.lapses.extend(owned.owner.map(|owner| (owner, owned.expires_at)));
+            }
             if owned.owner == Some(member.replica) {
                 match drained.contains(&Lease { shard, epoch: owned.epoch }) {
                     true => owned.owner = None,
@@ -461,7 +477,6 @@ impl LeaseTable for MemoryStore {
         let free = |owned: &&mut Owned| owned.owner.is_none() || owned.expires_at <= now;
         let part = (quota as usize).saturating_sub(leases.len());
         for owned in table.leases.range_mut(..member.shards).map(|(_, owned)| owned).filter(free).take(part) {
-            table.lapses.extend(owned.owner.map(|owner| (owner, owned.expires_at)));
             *owned = Owned { owner: Some(member.replica), epoch: owned.epoch + 1, expires_at };
         }
         Ok(table.standing(member, now))

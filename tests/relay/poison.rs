@@ -366,23 +366,50 @@ async fn a_message_that_breaks_the_connection_waits_and_holds_up_nobody() {
     world.finish(Allowed { refusals: true, duplicates: 4 * 2000, ..Allowed::default() }).await;
 }
 
+const WITHOUT_A_CONNECTION: &str =
+    "select count(*) from outbox where attempts > 0 and last_error like '%cannot connect%'";
+
+async fn allow_one_connection(world: &World) {
+    world.servers().rabbitmqctl(&["set_user_limits", "outbox", "{\"max-connections\": 1}"]).await;
+}
+
+async fn allow_everything(world: &World, routing_key: &str) {
+    world.servers().rabbitmqctl(&["clear_user_limits", "outbox", "all"]).await;
+    allow_all(world, routing_key).await;
+}
+
 /// Its login may have no second connection. Others go on, also those of its route; it waits, and says why.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn where_no_connection_of_its_own_can_be_had_the_others_go_on() {
     let world = World::alone().await;
     let relay = world.process(&[]).await;
     eventually("connected", async || relay.health().await.broker.state == "up").await;
-    world.servers().rabbitmqctl(&["set_user_limits", "outbox", "{\"max-connections\": 1}"]).await;
+    allow_one_connection(&world).await;
+    let lethal = lethal_routing_key(&world).await;
+    write_to(&world, &lethal).await;
+    let refused = "cannot open a connection for messages that may break it";
+    eventually("it has tried to have one", async || relay.logged().contains(refused)).await;
+    world.write(1000, 40).await;
+    world.until(OTHERS_LEFT, 0).await;
+    world.until(WITHOUT_A_CONNECTION, 1).await;
+    allow_everything(&world, &lethal).await;
+    world.drained().await;
+    assert!(relay.terminate().await.success());
+    world.finish(Allowed { refusals: true, duplicates: 4 * 2000, ..Allowed::default() }).await;
+}
+
+/// Those that were on their way with it three times are suspected with it, and nothing can clear them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_no_connection_of_its_own_can_be_had_its_company_goes_on() {
+    let world = World::alone().await;
     let lethal = lethal_routing_key(&world).await;
     write_to(&world, &lethal).await;
     world.write(1000, 40).await;
+    allow_one_connection(&world).await;
+    let relay = world.process(&[("OUTBOX_MAX_ATTEMPTS", "1")]).await;
     world.until(OTHERS_LEFT, 0).await;
-    world
-        .until("select count(*) from outbox where attempts > 0 and last_error like '%cannot connect%'", 1)
-        .await;
-    assert!(relay.logged().contains("cannot open a connection for messages that may break it"));
-    world.servers().rabbitmqctl(&["clear_user_limits", "outbox", "all"]).await;
-    allow_all(&world, &lethal).await;
+    world.until_at_least(WITHOUT_A_CONNECTION, 2).await;
+    allow_everything(&world, &lethal).await;
     world.drained().await;
     assert!(relay.terminate().await.success());
     world.finish(Allowed { refusals: true, duplicates: 4 * 2000, ..Allowed::default() }).await;

@@ -48,19 +48,34 @@ struct Figure {
     max: Option<f64>,
 }
 
+/// Medians from left to right, with their colours.
+type Dots = Vec<(f64, RGBColor)>;
+
+impl Measured {
+    fn spread(&self, name: &str) -> Option<Spread> {
+        let &Figure { median, min, max, .. } = self.figures.iter().find(|figure| figure.name == name)?;
+        Some(Spread { median: median?, min: min?, max: max? })
+    }
+
+    fn ratio(&self) -> Option<Spread> {
+        self.spread("ratio")
+    }
+
+    /// Empty is none.
+    fn percentiles(&self) -> Option<Dots> {
+        let dot = |(name, colour)| Some((self.spread(name)?.median, colour));
+        let dots: Dots = PERCENTILES.into_iter().filter_map(dot).collect();
+        (!dots.is_empty()).then_some(dots)
+    }
+}
+
 impl Results {
-    /// Of each measure that has the first of these figures: those it has.
-    fn of<const N: usize>(&self, names: [&str; N]) -> Vec<(&str, [Option<Spread>; N])> {
-        let spread = |measured: &Measured, name| {
-            let figure = measured.figures.iter().find(|figure| figure.name == name);
-            figure.and_then(|&Figure { median, min, max, .. }| {
-                Some(Spread { median: median?, min: min?, max: max? })
-            })
-        };
-        let row = |measured| names.map(|name| spread(measured, name));
-        let rows = self.measures.iter().map(|measured| (measured.name.as_str(), row(measured)));
+    /// Of each measure that has this: its name, and this.
+    fn of<T>(&self, what: impl Fn(&Measured) -> Option<T>) -> Vec<(&str, T)> {
+        let rows =
+            self.measures.iter().filter_map(|measured| Some((measured.name.as_str(), what(measured)?)));
         // Places count from the bottom, and the first shall be at the top.
-        rows.filter(|(_, figures)| figures.first().is_some_and(Option::is_some)).rev().collect()
+        rows.rev().collect()
     }
 }
 
@@ -69,8 +84,8 @@ pub fn draw(dir: &Path) -> Result<Vec<PathBuf>> {
     let source = dir.join(JSON);
     let read = || anyhow::Ok(serde_json::from_slice::<Results>(&std::fs::read(&source)?)?);
     let results = read().with_context(|| format!("cannot read {}", source.display()))?;
-    let ratios = results.of(["ratio"]);
-    let latencies = results.of(PERCENTILES.map(|(name, _)| name));
+    let ratios = results.of(Measured::ratio);
+    let latencies = results.of(Measured::percentiles);
     let [bars, dots] = PLOTS.map(|name| dir.join(name));
     let failed = |path: &Path, error: Box<dyn Error>| anyhow!("cannot draw {}: {error}", path.display());
     let mut drawn = Vec::new();
@@ -86,15 +101,14 @@ pub fn draw(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// A bar for each measure: the median, and a line from the least to the greatest.
-fn draw_ratios(bars: &[(&str, [Option<Spread>; 1])], path: &Path) -> Result<(), Box<dyn Error>> {
-    let top = bars.iter().filter_map(|(_, [spread])| Some((*spread)?.max)).fold(1.0, f64::max);
+fn draw_ratios(bars: &[(&str, Spread)], path: &Path) -> Result<(), Box<dyn Error>> {
+    let top = bars.iter().map(|(_, spread)| spread.max).fold(1.0, f64::max);
     let names: Vec<_> = bars.iter().map(|(name, _)| *name).collect();
     let area = area(path, bars.len())?;
     let mut chart = chart(&area, "rate, as a ratio to raw publishing in the same minutes")
         .build_cartesian_2d(0.0..top * 1.05, (0..bars.len()).into_segmented())?;
     mesh(&mut chart, &names)?;
-    for (place, (_, [spread])) in bars.iter().enumerate() {
-        let Some(spread) = spread else { continue };
+    for (place, (_, spread)) in bars.iter().enumerate() {
         let (low, high) = (SegmentValue::Exact(place), SegmentValue::Exact(place + 1));
         let mut bar = Rectangle::new([(0.0, low), (spread.median, high)], BLUE.filled());
         bar.set_margin(5, 5, 0, 0);
@@ -109,9 +123,8 @@ fn draw_ratios(bars: &[(&str, [Option<Spread>; 1])], path: &Path) -> Result<(), 
 }
 
 /// A line for each measure, with a dot for the median of each percentile.
-fn draw_latencies(lines: &[(&str, [Option<Spread>; 4])], path: &Path) -> Result<(), Box<dyn Error>> {
-    let medians =
-        || lines.iter().flat_map(|(_, spreads)| spreads.iter().flatten()).map(|spread| spread.median);
+fn draw_latencies(lines: &[(&str, Dots)], path: &Path) -> Result<(), Box<dyn Error>> {
+    let medians = || lines.iter().flat_map(|(_, dots)| dots).map(|(median, _)| *median);
     let (least, greatest) = (medians().fold(1.0, f64::min), medians().fold(1.0, f64::max));
     let names: Vec<_> = lines.iter().map(|(name, _)| *name).collect();
     let area = area(path, lines.len())?;
@@ -121,15 +134,12 @@ fn draw_latencies(lines: &[(&str, [Option<Spread>; 4])], path: &Path) -> Result<
     )
     .build_cartesian_2d((least * 0.8..greatest * 1.25).log_scale(), (0..lines.len()).into_segmented())?;
     mesh(&mut chart, &names)?;
-    for (place, (_, spreads)) in lines.iter().enumerate() {
-        let at = |spread: &Spread| (spread.median, SegmentValue::CenterOf(place));
-        let line: Vec<_> = spreads.iter().flatten().map(at).collect();
+    for (place, (_, dots)) in lines.iter().enumerate() {
+        let at = |median: f64| (median, SegmentValue::CenterOf(place));
+        let line: Vec<_> = dots.iter().map(|(median, _)| at(*median)).collect();
         chart.draw_series([PathElement::new(line, BLACK.stroke_width(1))])?;
-        let dots = spreads
-            .iter()
-            .zip(PERCENTILES)
-            .filter_map(|(spread, (_, colour))| Some((at(spread.as_ref()?), colour)));
-        chart.draw_series(dots.map(|(at, colour)| Circle::new(at, 5, colour.filled())))?;
+        chart
+            .draw_series(dots.iter().map(|(median, colour)| Circle::new(at(*median), 5, colour.filled())))?;
     }
     area.present()?;
     Ok(())
