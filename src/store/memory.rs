@@ -45,7 +45,7 @@ struct Table {
     leases: BTreeMap<u32, Owned>,
     replicas: BTreeMap<Uuid, Replica>,
     leases_stalled_until: Option<Instant>,
-    /// Whose leases ran out, and when: a replica's leases end together.
+    /// Whose leases ran out and went to another, and when: a replica's leases end together.
     lapses: HashSet<(Uuid, Instant)>,
     locked: HashSet<i64>,
     rejected: HashSet<i64>,
@@ -120,7 +120,7 @@ impl MemoryStore {
         self.lock().leases_stalled_until = Some(Instant::now() + time);
     }
 
-    /// How often a replica's leases had run out when they were renewed or went to another.
+    /// How often a replica's leases ran out and went to another. One that renews its own late keeps them, and its rows.
     pub fn lapses(&self) -> usize {
         self.lock().lapses.len()
     }
@@ -457,9 +457,6 @@ impl LeaseTable for MemoryStore {
         for shard in 0..member.shards {
             let unowned = || Owned { owner: None, epoch: 0, expires_at: now };
             let owned = table.leases.entry(shard).or_insert_with(unowned);
-            if owned.expires_at <= now {
-                table.lapses.extend(owned.owner.map(|owner| (owner, owned.expires_at)));
-            }
             if owned.owner == Some(member.replica) {
                 match drained.contains(&Lease { shard, epoch: owned.epoch }) {
                     true => owned.owner = None,
@@ -477,6 +474,7 @@ impl LeaseTable for MemoryStore {
         let free = |owned: &&mut Owned| owned.owner.is_none() || owned.expires_at <= now;
         let part = (quota as usize).saturating_sub(leases.len());
         for owned in table.leases.range_mut(..member.shards).map(|(_, owned)| owned).filter(free).take(part) {
+            table.lapses.extend(owned.owner.map(|owner| (owner, owned.expires_at)));
             *owned = Owned { owner: Some(member.replica), epoch: owned.epoch + 1, expires_at };
         }
         Ok(table.standing(member, now))

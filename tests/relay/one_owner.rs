@@ -122,7 +122,7 @@ async fn a_stopping_replica_keeps_only_what_is_under_way() {
     let world = World::new().await;
     let proxy = Proxy::to(&world.servers().amqp_url).await;
     let url = proxy.url(&world.servers().amqp_url);
-    let leaver = world.process(&[("AMQP_URL", &url)]).await;
+    let leaver = world.process(&[("AMQP_URL", url.as_str()), PATIENT[0]]).await;
     eventually("one alone owns everything", async || leaver.owned().await == Some(SHARDS)).await;
     world.write(1, 1).await;
     world.drained().await;
@@ -132,7 +132,7 @@ async fn a_stopping_replica_keeps_only_what_is_under_way() {
         leaver.try_health().await.is_some_and(|health| health.in_flight == 1)
     })
     .await;
-    let heir = world.process(&[]).await;
+    let heir = world.process(&PATIENT).await;
     leaver.signal("TERM").await;
     eventually("all other shards are in other hands", async || heir.owned().await == Some(SHARDS - 1)).await;
     let health = leaver.health().await;
@@ -229,9 +229,9 @@ async fn a_replica_cut_off_from_the_broker_gives_way() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_never_reached_the_broker_takes_nothing() {
     let world = World::new().await;
-    let well = world.process(&[]).await;
+    let well = world.process(&PATIENT).await;
     eventually("one alone owns everything", async || well.owned().await == Some(SHARDS)).await;
-    let lost = world.process(&[("AMQP_URL", "amqp://127.0.0.1:1")]).await;
+    let lost = world.process(&[("AMQP_URL", "amqp://127.0.0.1:1"), PATIENT[0]]).await;
     eventually("it is seen", async || well.metric("replicas").await == 2.0).await;
     world.write(1000, 50).await;
     world.drained().await;
@@ -246,7 +246,7 @@ async fn a_replica_that_never_reached_the_broker_takes_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_owns_nothing_stands_by() {
     let world = World::new().await;
-    let one_shard = [("OUTBOX_SHARDS", "1")];
+    let one_shard = [("OUTBOX_SHARDS", "1"), PATIENT[0]];
     let owner = world.process(&one_shard).await;
     owner.until_owner().await;
     let standby = world.process(&one_shard).await;
@@ -276,9 +276,9 @@ async fn a_replica_that_owns_nothing_stands_by() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_number_of_shards_is_refused_with_the_remedy() {
     let world = World::new().await;
-    let first = world.process(&[]).await;
+    let first = world.process(&PATIENT).await;
     first.until_owner().await;
-    let other = world.process(&[("OUTBOX_SHARDS", "8")]).await;
+    let other = world.process(&[("OUTBOX_SHARDS", "8"), PATIENT[0]]).await;
     eventually("it is refused", async || {
         other.try_health().await.is_some_and(|health| health.ownership.state == "refused")
     })
