@@ -169,9 +169,14 @@ impl<S: LeaseTable> Keeper<S> {
         let sent = Instant::now();
         self.asked = true;
         let standing = self.pulse.beat_during(self.store.renew(self.member, &drained)).await?;
+        self.board.database_up(DatabaseUser::Leases);
+        if standing.other_shards.is_none() && !standing.member {
+            // Refused for a replica that has gone meanwhile: nothing was renewed or given back, so trust stays as it was.
+            self.renewed = None;
+            return Ok(());
+        }
         self.renewed = Some(sent);
         let given_back = std::mem::take(&mut self.empty);
-        self.board.database_up(DatabaseUser::Leases);
         match standing.other_shards {
             Some(other) => self.refuse(&standing, other),
             None => self.tell(&standing, sent + self.terms.trust, &given_back),
@@ -292,11 +297,12 @@ impl<S: LeaseTable> Keeper<S> {
 mod tests {
     use super::*;
     use crate::store::memory::MemoryStore;
+    use std::sync::Mutex;
     use uuid::Uuid;
 
-    fn keeper(store: &MemoryStore) -> Keeper<MemoryStore> {
+    fn keeper<S: LeaseTable>(store: S) -> Keeper<S> {
         let ends = Ends {
-            store: Arc::new(store.clone()),
+            store: Arc::new(store),
             holdings: Arc::new(watch::channel(Holdings::none(Uuid::from_u128(1), 4)).0),
             drained: mpsc::channel(10).1,
             sink: watch::channel(SinkState::Ready).1,
@@ -312,7 +318,7 @@ mod tests {
     #[tokio::test]
     async fn a_lease_is_renewed_when_it_is_time() {
         let store = MemoryStore::default();
-        let mut keeper = keeper(&store);
+        let mut keeper = keeper(store.clone());
         // The first is a member, the second has its part.
         for _ in 0..2 {
             keeper.turn().await.unwrap();
@@ -325,11 +331,54 @@ mod tests {
         assert!(keeper.renewed > Some(renewed));
     }
 
+    /// Answers to renewals and looks, the last one again and again.
+    struct Answers(Mutex<Vec<Standing>>);
+
+    impl Answers {
+        fn next(&self) -> Standing {
+            let mut answers = self.0.lock().unwrap();
+            if answers.len() > 1 { answers.remove(0) } else { answers[0].clone() }
+        }
+    }
+
+    impl LeaseTable for Answers {
+        async fn look(&self, _: Member) -> Result<Standing, StoreError> {
+            Ok(self.next())
+        }
+
+        async fn renew(&self, _: Member, _: &[Lease]) -> Result<Standing, StoreError> {
+            Ok(self.next())
+        }
+
+        async fn leave(&self, _: Member) -> Result<(), StoreError> {
+            Ok(())
+        }
+    }
+
+    /// Because of another number of shards, whose replica had gone when the answer was put together. Its leases run out sooner
+    /// than those that were renewed.
+    #[tokio::test]
+    async fn what_was_not_renewed_is_not_trusted_longer() {
+        let leases = vec![Lease { shard: 0, epoch: 1 }];
+        let renewed = Standing { member: true, replicas: 1, quota: 4, leases, ..Standing::default() };
+        let refused = Standing { member: false, ..renewed.clone() };
+        let mut keeper = keeper(Answers(Mutex::new(vec![renewed.clone(), refused, renewed])));
+        keeper.turn().await.unwrap();
+        let trusted_until = keeper.holdings.borrow().trusted_until;
+        keeper.empty.insert(Lease { shard: 0, epoch: 1 });
+        keeper.turn().await.unwrap();
+        assert_eq!(keeper.holdings.borrow().trusted_until, trusted_until);
+        assert_eq!(keeper.empty.len(), 1, "to be given back the next time");
+        keeper.turn().await.unwrap();
+        assert!(keeper.holdings.borrow().trusted_until > trusted_until, "asked again at once");
+        assert!(keeper.empty.is_empty());
+    }
+
     /// Which may be long, where a message of it waits for its confirm. A renewal is a lock that all replicas share.
     #[tokio::test]
     async fn a_shard_that_cannot_be_drained_costs_looks_and_no_renewals() {
         let store = MemoryStore::default();
-        let mut keeper = keeper(&store);
+        let mut keeper = keeper(store.clone());
         let other = Member { replica: Uuid::from_u128(2), ready: true, ..keeper.member };
         for _ in 0..2 {
             keeper.turn().await.unwrap();
