@@ -33,8 +33,8 @@ fn row(id: i64) -> Row {
         route: Arc::new(Route { exchange: "orders".to_owned(), routing_key: "order.created".to_owned() }),
         ordering_key: Some(format!("order {}", id % 1000).into()),
         payload: Bytes::from(vec![b'x'; 500]),
-        content_type: "application/json".to_owned(),
-        headers: r#"{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#.to_owned(),
+        content_type: "application/json".into(),
+        headers: r#"{"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#.into(),
         created_at_micros: 1_700_000_000_000_000,
         ..plain_row(id)
     }

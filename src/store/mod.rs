@@ -42,9 +42,9 @@ pub struct Row {
     /// The message body as stored.
     pub payload: Bytes,
     /// AMQP `content_type`.
-    pub content_type: String,
+    pub content_type: Arc<str>,
     /// JSON text of the headers.
-    pub headers: String,
+    pub headers: Arc<str>,
     /// Microseconds since 1970; what Postgres calls infinity is clamped.
     pub created_at_micros: i64,
     /// Times the broker refused it.

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 fn row(id: i64, exchange: &str, routing_key: &str) -> Row {
     let route = Route { exchange: exchange.to_owned(), routing_key: routing_key.to_owned() };
-    Row { route: Arc::new(route), content_type: "application/json".to_owned(), ..plain_row(id) }
+    Row { route: Arc::new(route), content_type: "application/json".into(), ..plain_row(id) }
 }
 
 /// Everything may be sent that was read under epoch 0.

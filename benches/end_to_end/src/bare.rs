@@ -11,7 +11,7 @@
 use crate::raw::{Done, MANDATORY, is_ack, poll_for_nobody, properties};
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
-use futures_util::FutureExt;
+use futures_util::{FutureExt, TryFutureExt};
 use futures_util::future::try_join_all;
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, ConnectionProperties};
@@ -129,7 +129,7 @@ async fn publish(
                 payload,
                 properties,
             );
-            let mut answer = async { sent.await?.await }.boxed();
+            let mut answer = sent.and_then(|confirm| confirm).boxed();
             ids.push(id);
             match poll_for_nobody(&mut answer) {
                 Poll::Ready(answer) => is_ack(answer)?,

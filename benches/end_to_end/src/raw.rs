@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
-use futures_util::FutureExt;
+use futures_util::{FutureExt, TryFutureExt};
 use futures_util::future::BoxFuture;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
@@ -151,7 +151,7 @@ async fn send(
             &payload,
             properties.clone(),
         );
-        async { sent.await?.await }.boxed()
+        sent.and_then(|confirm| confirm).boxed()
     };
     let mut open = VecDeque::with_capacity(window);
     let mut left = messages;

@@ -100,8 +100,8 @@ pub(super) enum Ended {
     TimedOut,
 }
 
-/// Gathers answers until all are in or no more can be hoped for. One after the other, in the order of sending: all
-/// are needed, so nobody is woken for one that came before its turn. What came out of turn is looked for now and then.
+/// Gathers answers until all are in or no more can be hoped for. The last one is waited for, since all are needed and it
+/// mostly comes last: nobody is woken for those before it. What else has come is taken with it, and looked for now and then.
 pub(super) async fn gather(
     mut on_their_way: VecDeque<OnItsWay<'_>>,
     answers: &mut Answers,
@@ -113,13 +113,14 @@ pub(super) async fn gather(
     // After the process was frozen one look is made up for, not all: the answers may be there already.
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut waited, mut lost_for) = (Duration::ZERO, Duration::ZERO);
-    while let Some((slot, answer)) = on_their_way.front_mut() {
+    while let Some((slot, answer)) = on_their_way.back_mut() {
         tokio::select! {
             biased;
             // 1. Answers first: a confirm that is in must never be given up.
             it = answer => {
                 answers.take(*slot, it);
-                on_their_way.pop_front();
+                on_their_way.pop_back();
+                answers.take_all(&mut on_their_way);
                 waited = Duration::ZERO;
             }
             // 2. The clock of the time-out: any answer is a sign of life, and it stands still while the broker blocks us.

@@ -17,6 +17,9 @@ const HEADER_FRAME_OVERHEAD: usize = 128;
 /// Deepest nesting of header values; RabbitMQ's own headers need three.
 const NESTING_MAX: usize = 16;
 
+/// What a writer without headers has; the column's default.
+const NO_HEADERS: &str = "{}";
+
 /// Header with the row's id; returned messages are told apart by it.
 pub const ID_HEADER: &str = "x-outbox-id";
 const KEY_HEADER: &str = "x-outbox-key";
@@ -68,10 +71,9 @@ fn name(column: &str, text: &str) -> Result<ShortString, String> {
 }
 
 fn headers(row: &Row) -> Result<FieldTable, String> {
-    let mut table = match serde_json::from_str(&row.headers) {
-        Ok(Value::Object(fields)) => field_table(fields, 0)?,
-        Ok(other) => return Err(format!("headers are {}, expected a JSON object", kind(&other))),
-        Err(error) => return Err(format!("headers are not JSON: {error}")),
+    let mut table = match &*row.headers {
+        NO_HEADERS => FieldTable::default(),
+        text => parsed(text)?,
     };
     let mut ours = |name: &str, value| {
         table.insert(name.into(), value);
@@ -84,6 +86,14 @@ fn headers(row: &Row) -> Result<FieldTable, String> {
         ours(ATTEMPT_HEADER, AMQPValue::LongLongInt(i64::from(row.attempts) + 1));
     }
     Ok(table)
+}
+
+fn parsed(headers: &str) -> Result<FieldTable, String> {
+    match serde_json::from_str(headers) {
+        Ok(Value::Object(fields)) => field_table(fields, 0),
+        Ok(other) => Err(format!("headers are {}, expected a JSON object", kind(&other))),
+        Err(error) => Err(format!("headers are not JSON: {error}")),
+    }
 }
 
 fn field_table(fields: serde_json::Map<String, Value>, depth: usize) -> Result<FieldTable, String> {
@@ -167,8 +177,8 @@ mod tests {
     fn row(headers: &str) -> Row {
         Row {
             ordering_key: Some("k".into()),
-            content_type: "application/json".to_owned(),
-            headers: headers.to_owned(),
+            content_type: "application/json".into(),
+            headers: headers.into(),
             created_at_micros: 1_700_000_000_000_000,
             ..plain_row(7)
         }
@@ -203,7 +213,7 @@ mod tests {
                 "more than the broker's frame of 131072",
             ),
             (row(&format!(r#"{{"{}": 1}}"#, "x".repeat(256))), "256 bytes long, AMQP allows 255"),
-            (Row { content_type: "x".repeat(256), ..row("{}") }, "content_type is 256 bytes long"),
+            (Row { content_type: "x".repeat(256).into(), ..row("{}") }, "content_type is 256 bytes long"),
         ];
         for (row, expected) in refusals {
             let reason = compose(&row, 131_072).expect_err("refused");

@@ -20,7 +20,7 @@ use crate::mutants::mutant;
 use crate::ownership::{BatchPermit, Permit};
 use crate::sink::{Fault, Publisher, Refusal, SinkState, Verdict};
 use crate::store::{Route, Row};
-use futures_util::FutureExt;
+use futures_util::{FutureExt, TryFutureExt};
 use lapin::Channel;
 use lapin::message::BasicReturnMessage;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -330,7 +330,8 @@ fn hand_over<'a>(
         }
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let publish = open.channel.basic_publish(exchange, routing_key, options, &row.payload, properties);
-        let mut answer = async { publish.await?.await }.boxed();
+        // Not an async block, which would hold the sending twice: 2 KB a message.
+        let mut answer = publish.and_then(|confirm| confirm).boxed();
         match answer.poll_unpin(&mut nobody) {
             Poll::Ready(answer) => answers.take(slot, answer),
             Poll::Pending => on_their_way.push_back((slot, answer)),

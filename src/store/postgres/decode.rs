@@ -39,12 +39,15 @@ pub struct Decoder<'a> {
     default_exchange: &'a str,
     /// Rows that go the same way share their route. By routing key; few keys are used with more than one exchange.
     routes: HashMap<String, Vec<Arc<Route>>>,
+    /// Those of the last row: mostly they are the same for all.
+    content_type: Arc<str>,
+    headers: Arc<str>,
 }
 
 impl<'a> Decoder<'a> {
     /// For an answer to a question about this share.
     pub fn new(share: Share<'a>, default_exchange: &'a str) -> Self {
-        Self { share, default_exchange, routes: HashMap::new() }
+        Self { share, default_exchange, routes: HashMap::new(), content_type: "".into(), headers: "".into() }
     }
 
     /// One row. What is wrong with its texts makes it a row with a defect; an error is a column that is not of its type.
@@ -56,8 +59,8 @@ impl<'a> Decoder<'a> {
         if wire[Column::Payload as usize].is_none() {
             defects.push(is_null(Column::Payload));
         }
-        let content_type = required(wire, Column::ContentType, &mut defects).to_owned();
-        let headers = required(wire, Column::Headers, &mut defects).to_owned();
+        let content_type = shared(&mut self.content_type, required(wire, Column::ContentType, &mut defects));
+        let headers = shared(&mut self.headers, required(wire, Column::Headers, &mut defects));
         Ok(Row {
             id: integer(wire, Column::Id)?,
             message_id: uuid(wire, Column::MessageId)?,
@@ -97,6 +100,14 @@ pub fn of_others(wire: &Wire<'_>, others: Others<'_>) -> Result<Option<i64>, Str
     }
     let (id, shard) = (integer(wire, Column::Id)?, shard(wire)?);
     Ok(others.include(id, shard).then_some(id))
+}
+
+/// The last text again, if it is the same.
+fn shared(last: &mut Arc<str>, text: &str) -> Arc<str> {
+    if **last != *text {
+        *last = text.into();
+    }
+    Arc::clone(last)
 }
 
 fn shard(wire: &Wire<'_>) -> Result<u32, String> {
@@ -176,7 +187,7 @@ mod tests {
         assert_eq!((row.id, row.attempts, row.lease), (256, 2, LEASES[0]));
         assert_eq!((row.message_id, row.created_at_micros), (Uuid::from_bytes([9; 16]), EPOCH_MICROS));
         assert_eq!((row.route.exchange.as_str(), row.route.routing_key.as_str()), ("default", "orders"));
-        assert_eq!((row.ordering_key.as_deref(), row.content_type.as_str()), (Some("key"), "text/plain"));
+        assert_eq!((row.ordering_key.as_deref(), &*row.content_type), (Some("key"), "text/plain"));
         assert_eq!(row.defect, None);
     }
 
