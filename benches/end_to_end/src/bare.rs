@@ -11,8 +11,8 @@
 use crate::raw::{Done, MANDATORY, is_ack, poll_for_nobody, properties};
 use anyhow::{Context, Result, ensure};
 use clap::ArgMatches;
-use futures_util::{FutureExt, TryFutureExt};
 use futures_util::future::try_join_all;
+use futures_util::{FutureExt, TryFutureExt};
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, ConnectionProperties};
 use sqlx::postgres::{PgConnection, PgRow};
