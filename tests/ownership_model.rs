@@ -180,6 +180,7 @@ enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Sight {
     GivenBackDrained,
+    GivenBackShut,
     TakenWhenFree,
     TakenAfterCrash,
     TakenFromFrozen,
@@ -235,7 +236,9 @@ impl<const REPLICAS: usize, const SHARDS: usize> Ownership<REPLICAS, SHARDS> {
                 lease = Lease { owner: Owner::Nobody, left: 0, ..lease };
                 let Replica { rows, held, .. } = state.replicas[number];
                 match rows[shard] {
-                    Some(_) if held[shard].is_some_and(|held| held.closed && held.epoch == lease.epoch) => {}
+                    Some(_) if held[shard].is_some_and(|held| held.closed && held.epoch == lease.epoch) => {
+                        self.see(state, Sight::GivenBackShut);
+                    }
                     Some(_) => state.breach = Some(DRAINED),
                     None => self.see(state, Sight::GivenBackDrained),
                 }
@@ -423,6 +426,7 @@ impl<const REPLICAS: usize, const SHARDS: usize> Model for Ownership<REPLICAS, S
         if self.watching {
             return vec![
                 sometimes("hand-over", |_, state| state.sight == Some(Sight::GivenBackDrained)),
+                sometimes("hand-over of what is shut", |_, state| state.sight == Some(Sight::GivenBackShut)),
                 sometimes("from nobody", |_, state| state.sight == Some(Sight::TakenWhenFree)),
                 sometimes("after a crash", |_, state| state.sight == Some(Sight::TakenAfterCrash)),
                 sometimes("from a frozen one", |_, state| state.sight == Some(Sight::TakenFromFrozen)),

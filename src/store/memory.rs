@@ -100,7 +100,7 @@ impl MemoryStore {
         self.lock().rows.insert(stored.row.id, stored);
     }
 
-    /// Lets the next call fail with this error. Several are used up in order.
+    /// Lets the next call about rows fail with this error, be it a read, a mark or a purge. Several are used up in order.
     pub fn fail_next(&self, error: StoreError) {
         self.lock().failures.push_back(error);
     }
@@ -165,8 +165,9 @@ fn read_under(row: &Row, share: Share<'_>) -> Option<Row> {
 }
 
 impl MemoryStore {
+    /// Fails by [`stall_leases`](Self::stall_leases) only: scripted failures are for reads and marks.
     fn lease_table(&self) -> Result<MutexGuard<'_, Table>, StoreError> {
-        let table = self.call()?;
+        let table = self.lock();
         match table.leases_stalled_until {
             Some(until) if Instant::now() < until => Err(StoreError {
                 trouble: Trouble::Outage,
@@ -419,7 +420,7 @@ impl Store for MemoryStore {
     }
 
     async fn census(&self) -> Result<Census, StoreError> {
-        let table = self.call()?;
+        let table = self.lock();
         let pending = || table.rows.values().filter(|stored| stored.pending());
         let keys: HashSet<_> = pending()
             .filter(|stored| stored.refused())

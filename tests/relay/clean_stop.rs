@@ -9,10 +9,15 @@ use std::time::{Duration, Instant};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_while_the_broker_is_away_does_not_wait_for_it() {
     let world = World::alone().await;
+    world.write(20_000, 100).await;
     let relay = world.process(&[]).await;
-    relay.ready().await;
-    world.servers().control("stop", "rabbitmq").await;
-    world.write(100, 10).await;
+    world.until_at_least_delivered(1_000).await;
+    world.servers().control("kill", "rabbitmq").await;
+    eventually("what was under way is kept", async || {
+        let health = relay.health().await;
+        health.broker.state == "down" && health.in_flight > 0
+    })
+    .await;
     let begun = Instant::now();
     assert!(relay.terminate().await.success());
     assert!(begun.elapsed() < Duration::from_secs(10), "waited {:?}", begun.elapsed());
@@ -61,6 +66,9 @@ async fn confirmed_rows_that_cannot_be_marked_are_told() {
     other.execute("select pg_advisory_lock(42)").await.expect("lock");
     world.write(100, 100).await;
     eventually("all are published", async || world.queue_depth().await == 100).await;
+    // And each worker has heard of its batch.
+    let batches = "confirm_duration_seconds_count";
+    eventually("all are confirmed", async || relay.metric(batches).await >= 4.0).await;
     relay.signal("TERM").await;
     let log = relay.log.clone();
     eventually("it is told", async || {

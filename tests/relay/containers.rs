@@ -16,6 +16,7 @@ fn read(path: &str) -> String {
 fn every_setting_that_the_files_name_exists() {
     for file in ["docker-compose.yml", "Dockerfile", ".env.example", KUBERNETES, SYSTEMD] {
         let text = read(file);
+        assert!(text.contains("OUTBOX_"), "{file} names no setting");
         let words = text.split(|c: char| !(c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_'));
         for word in words.filter(|word| word.starts_with("OUTBOX_") && word.len() > "OUTBOX_".len()) {
             let known = SETTINGS.iter().any(|setting| setting.env == word) || word == "OUTBOX_CONFIG";
@@ -26,9 +27,11 @@ fn every_setting_that_the_files_name_exists() {
 
 #[test]
 fn every_path_that_compose_and_dockerfile_name_exists() {
-    for line in
-        read("Dockerfile").lines().filter(|line| line.starts_with("COPY ") && !line.contains("--from"))
-    {
+    let dockerfile = read("Dockerfile");
+    let copies = dockerfile.lines().filter(|line| line.starts_with("COPY ") && !line.contains("--from"));
+    let copies: Vec<&str> = copies.collect();
+    assert!(copies.len() >= 5, "{copies:?}");
+    for line in copies {
         let mut words: Vec<&str> =
             line.split_whitespace().skip(1).filter(|word| !word.starts_with("--")).collect();
         words.pop();
@@ -36,7 +39,10 @@ fn every_path_that_compose_and_dockerfile_name_exists() {
             assert!(root().join(path).exists(), "Dockerfile copies {path}, which is not there");
         }
     }
-    for line in read("docker-compose.yml").lines().map(str::trim).filter(|line| line.starts_with("- ./")) {
+    let compose = read("docker-compose.yml");
+    let mounts: Vec<&str> = compose.lines().map(str::trim).filter(|line| line.starts_with("- ./")).collect();
+    assert_eq!(mounts.len(), 3, "{mounts:?}");
+    for line in mounts {
         let path = line.trim_start_matches("- ").split(':').next().unwrap_or_default();
         assert!(root().join(path).exists(), "docker-compose.yml mounts {path}, which is not there");
     }
@@ -45,6 +51,7 @@ fn every_path_that_compose_and_dockerfile_name_exists() {
 #[test]
 fn every_command_that_compose_and_dockerfile_name_exists() {
     let commands = outbox_relay::cli::command();
+    let mut found = Vec::new();
     for file in ["docker-compose.yml", "Dockerfile"] {
         for line in read(file)
             .lines()
@@ -58,9 +65,11 @@ fn every_command_that_compose_and_dockerfile_name_exists() {
                 .collect();
             if let Some(first) = words.first() {
                 assert!(commands.find_subcommand(first).is_some(), "{file} runs {first:?}: {line}");
+                found.push((*first).to_owned());
             }
         }
     }
+    assert_eq!(found, ["status", "status", "run"]);
 }
 
 /// The values of all lines `KEY VALUE`, where the key may begin a list and the value be quoted.
@@ -148,13 +157,16 @@ fn ports_and_paths_that_kubernetes_asks_exist() {
 fn whoever_stops_the_relay_waits_longer_than_its_grace() {
     let grace = seconds(default_of("OUTBOX_SHUTDOWN_GRACE"));
     let limits = [
-        (KUBERNETES, "terminationGracePeriodSeconds:"),
-        (SYSTEMD, "TimeoutStopSec="),
-        ("docker-compose.yml", "stop_grace_period:"),
+        (KUBERNETES, "terminationGracePeriodSeconds:", 1),
+        (SYSTEMD, "TimeoutStopSec=", 1),
+        // Its servers' too: they are to be there for as long as the relay stops.
+        ("docker-compose.yml", "stop_grace_period:", 3),
     ];
-    for (file, key) in limits {
+    for (file, key, times) in limits {
         let text = read(file);
-        let shortest = values(&text, key).into_iter().map(seconds).min();
+        let found = values(&text, key);
+        assert_eq!(found.len(), times, "{file}: {key} {found:?}");
+        let shortest = found.into_iter().map(seconds).min();
         assert!(
             shortest.is_some_and(|limit| limit >= grace + Duration::from_secs(10)),
             "{file}: {key} {shortest:?}"

@@ -8,7 +8,8 @@ use outbox_relay::store::memory::MemoryStore;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-const SHORT: Duration = Duration::from_millis(200);
+/// Longer than a call, and soon over.
+const SHORT: Duration = Duration::from_secs(1);
 
 fn shards(standing: &Standing) -> Vec<u32> {
     standing.leases.iter().map(|lease| lease.shard).collect()
@@ -205,7 +206,7 @@ async fn postgres_keeps_leases() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn postgres_behind_a_transaction_pooler_keeps_leases() {
+async fn postgres_without_session_state_keeps_leases() {
     let world = World::new().await;
     keeps_the_contract(&postgres(&world, "true")).await;
     world.abandon();

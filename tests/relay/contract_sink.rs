@@ -7,7 +7,7 @@ use crate::support::{World, eventually};
 use outbox_relay::config::Endpoint;
 use outbox_relay::ownership::{Holdings, Permit};
 use outbox_relay::sink::null::NullSink;
-use outbox_relay::sink::{Fault, Publisher, RabbitMq, Sink, SinkState};
+use outbox_relay::sink::{Fault, Publisher, RabbitMq, Sink, SinkState, Verdict};
 use outbox_relay::store::memory::plain_row;
 use outbox_relay::store::{Route, Row};
 use outbox_relay::telemetry::Metrics;
@@ -26,6 +26,13 @@ fn permit() -> Permit {
     Permit::new(watch::channel(Holdings::everything(1)).1)
 }
 
+/// Each row with its verdict.
+async fn publish<'a>(publisher: &mut impl Publisher, batch: &'a [Row]) -> Vec<(&'a Row, Verdict)> {
+    let verdicts = publisher.publish(batch, &permit(), &CancellationToken::new()).await;
+    assert_eq!(verdicts.len(), batch.len(), "one verdict per row");
+    batch.iter().zip(verdicts).collect()
+}
+
 async fn ready(sink: &impl Sink) {
     let mut state = sink.state();
     let ready = state.wait_for(SinkState::is_ready);
@@ -36,31 +43,27 @@ async fn ready(sink: &impl Sink) {
 async fn keeps_the_contract(sink: impl Sink, exchange: &str) {
     ready(&sink).await;
     let mut publisher = sink.publisher();
-    assert!(publisher.publish(&[], &permit(), &CancellationToken::new()).await.is_empty());
+    assert!(publish(&mut publisher, &[]).await.is_empty());
     let batch: Vec<Row> = (0..500).map(|id| row(id, exchange, "ok.1")).collect();
-    let verdicts = publisher.publish(&batch, &permit(), &CancellationToken::new()).await;
-    assert_eq!(verdicts.len(), batch.len(), "one verdict per row");
-    assert!(verdicts.iter().all(Result::is_ok), "{:?}", verdicts.iter().find(|verdict| verdict.is_err()));
+    for (row, verdict) in publish(&mut publisher, &batch).await {
+        assert_eq!(verdict, Ok(()), "row {}", row.id);
+    }
     // The first row of a lease that is not held stays here, and so do those after it: none may overtake it.
     let mut mixed: Vec<Row> = (0..100).map(|id| row(id, exchange, "ok.3")).collect();
     mixed.iter_mut().filter(|row| row.id % 3 == 2).for_each(|row| row.lease.epoch = 1);
-    for (row, verdict) in
-        mixed.iter().zip(publisher.publish(&mixed, &permit(), &CancellationToken::new()).await)
-    {
+    for (row, verdict) in publish(&mut publisher, &mixed).await {
         match verdict {
             Ok(()) => assert!(row.id < 2, "row {} was sent", row.id),
             Err(refusal) => assert_eq!((refusal.fault, row.id >= 2), (Fault::Fenced, true)),
         }
     }
-    // Several publishers at once do not mix up their answers.
+    // Several publishers at once.
     let publishers = (0..4).map(|number| {
         let mut publisher = if number == 0 { sink.publisher_apart() } else { sink.publisher() };
         let batch: Vec<Row> = (0..200).map(|id| row(1000 * number + id, exchange, "ok.2")).collect();
-        async move { publisher.publish(&batch, &permit(), &CancellationToken::new()).await }
+        async move { publish(&mut publisher, &batch).await.iter().all(|(_, verdict)| verdict.is_ok()) }
     });
-    for verdicts in futures_util::future::join_all(publishers).await {
-        assert!(verdicts.len() == 200 && verdicts.iter().all(Result::is_ok));
-    }
+    assert_eq!(futures_util::future::join_all(publishers).await, [true; 4]);
     sink.close().await;
 }
 
@@ -92,21 +95,23 @@ async fn rabbitmq_keeps_the_contract() {
     world.abandon();
 }
 
-/// `Ok` means confirmed *and* routed, for each row by itself, wherever it stands in the batch.
+/// `Ok` means confirmed *and* routed, for each row by itself, wherever it stands in the batch, and whoever publishes meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ok_means_routed_for_each_row_by_itself() {
     let world = World::new().await;
     let sink = rabbitmq(&world);
     ready(&sink).await;
-    let mut publisher = sink.publisher();
+    let mut publishers = [sink.publisher_apart(), sink.publisher(), sink.publisher(), sink.publisher()];
     let mut rng = crate::support::rng("ok_means_routed_for_each_row_by_itself");
-    for round in 0..200 {
-        let batch: Vec<Row> = (0..rng.i64(1..300))
-            .map(|id| row(1000 * round + id, &world.name, if rng.u8(0..3) == 0 { "lost" } else { "ok.1" }))
-            .collect();
-        for (row, verdict) in
-            batch.iter().zip(publisher.publish(&batch, &permit(), &CancellationToken::new()).await)
-        {
+    for round in 0..50 {
+        let batches: [Vec<Row>; 4] = std::array::from_fn(|number| {
+            let first = 1000 * (4 * round + number as i64);
+            let mut drawn = |id| row(id, &world.name, if rng.u8(0..3) == 0 { "lost" } else { "ok.1" });
+            (first..first + 300 - 290 * (round % 2)).map(&mut drawn).collect()
+        });
+        let together =
+            publishers.iter_mut().zip(&batches).map(|(publisher, batch)| publish(publisher, batch));
+        for (row, verdict) in futures_util::future::join_all(together).await.into_iter().flatten() {
             let fault = verdict.err().map(|refusal| refusal.fault);
             let expected = (row.route.routing_key == "lost").then_some(Fault::Unroutable);
             assert_eq!(fault, expected, "row {} to {}", row.id, row.route.routing_key);
@@ -125,9 +130,7 @@ async fn a_missing_exchange_refuses_its_own_rows_only() {
     let mut publisher = sink.publisher();
     let batch: Vec<Row> =
         (0..50).map(|id| row(id, if id % 2 == 0 { &world.name } else { "missing" }, "ok.1")).collect();
-    for (row, verdict) in
-        batch.iter().zip(publisher.publish(&batch, &permit(), &CancellationToken::new()).await)
-    {
+    for (row, verdict) in publish(&mut publisher, &batch).await {
         match verdict {
             Ok(()) => assert_eq!(row.id % 2, 0),
             Err(refusal) => {

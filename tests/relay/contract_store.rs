@@ -455,7 +455,7 @@ async fn a_horizon_covers_every_transaction_that_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn postgres_behind_a_transaction_pooler_keeps_the_contract() {
+async fn postgres_without_session_state_keeps_the_contract() {
     let subject = InPostgres::new("true").await;
     keeps_the_contract(&subject).await;
     subject.world.abandon();

@@ -30,7 +30,7 @@ impl Stage {
     async fn relay(&self) -> RelayProcess {
         let (amqp, database) =
             (self.broker.url(&self.world.servers().amqp_url), self.database.url(&self.world.database_url));
-        let settings = [("AMQP_URL", amqp.as_str()), ("DATABASE_URL", &database), ("OUTBOX_LEASE_TTL", "1s")];
+        let settings = [("AMQP_URL", amqp.as_str()), ("DATABASE_URL", &database), ("OUTBOX_LEASE_TTL", "2s")];
         let relay = self.world.process(&settings).await;
         relay.until_owner().await;
         relay.ready().await;

@@ -3,7 +3,7 @@
 use crate::support::process::RelayProcess;
 use crate::support::servers::Servers;
 use crate::support::url_file::UrlFile;
-use crate::support::world::{Allowed, DELIVERED};
+use crate::support::world::{Allowed, DELIVERED, UNDELIVERED};
 use crate::support::{World, eventually};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
@@ -63,6 +63,7 @@ async fn a_synchronous_standby_takes_over_without_loss() {
     let relay = pair.relay(&[]).await;
     pair.world.until_at_least_delivered(2_000).await;
     pair.fail_over().await;
+    assert!(pair.world.number(UNDELIVERED).await > 0, "it came while rows flowed");
     assert_eq!(pair.world.number("select count(*) from written").await, 20_000, "committed is committed");
     pair.world.write(1_000, 200).await;
     pair.world.drained().await;
@@ -145,13 +146,14 @@ async fn a_row_with_the_id_of_a_lost_one_is_not_taken_for_it() {
     pair.world.sql("insert into outbox (routing_key, payload, available_at) select 'ok.1', '1', clock_timestamp() + interval '1 hour' from generate_series(1, 100)").await;
     let mut holder = pair.world.db().await;
     pair.world
-        .sql("update outbox set available_at = clock_timestamp() + interval '2 s' where id > 100")
+        .sql("update outbox set available_at = clock_timestamp() + interval '5 s' where id > 100")
         .await;
     sqlx::raw_sql("begin; select from outbox where id > 100 for update")
         .execute(&mut holder)
         .await
         .expect("lock");
     eventually("they are sent", async || pair.world.queue_depth().await == 200).await;
+    assert_eq!(pair.world.delivered().await, 100, "and not marked");
     pair.world.servers().control("kill", "postgres").await;
     pair.world.servers().control("promote", "standby").await;
     pair.world.database_url = pair.standby_url();

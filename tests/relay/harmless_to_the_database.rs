@@ -89,7 +89,7 @@ async fn rows_that_are_locked_when_they_are_to_be_marked_keep_only_their_places(
     let mut transaction = other.begin().await.expect("begin");
     // One that is delivered, and the first of a key whose route has no queue: those behind it must not go round and round.
     transaction.execute("select from outbox where id in (7, 101) for update").await.expect("lock");
-    let relay = world.relay(&[]).await;
+    let relay = world.relay(&PATIENT).await;
     world.until_delivered(99).await;
     for round in 1..=5 {
         world.write(100, 10).await;
@@ -151,10 +151,18 @@ async fn shards_of_refused_rows_that_are_locked_are_handed_over() {
 /// walk over the rows that were delivered before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_poll_does_not_walk_over_what_was_delivered() {
+    reads_do_not_walk_over_what_was_delivered("false").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_does_a_watch() {
+    reads_do_not_walk_over_what_was_delivered("true").await;
+}
+
+async fn reads_do_not_walk_over_what_was_delivered(long_poll: &str) {
     let world = World::new().await;
     let old = old_transaction(&world).await;
-    // Without long polling: the looks of the procedure would be counted too.
-    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", "false")]).await;
+    let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", long_poll)]).await;
     world.write(30_000, 100).await;
     world.drained().await;
     // Reads of the pending index from here on: a handful a poll, not thirty thousand.
@@ -179,12 +187,21 @@ async fn a_poll_does_not_walk_over_what_was_delivered() {
 /// ago, and not by waiting beside reads that walk over them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_walks_over_what_was_delivered_once() {
+    a_start_walks_once("false").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn so_does_the_start_of_a_watch() {
+    a_start_walks_once("true").await;
+}
+
+async fn a_start_walks_once(long_poll: &str) {
     const PAST: i64 = 30_000;
     // What writes elsewhere on the server, other tests too, keeps gaps open.
     let world = World::alone().await;
     let old = old_transaction(&world).await;
     world.write(PAST, 100).await;
-    let settings = [("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", "false")];
+    let settings = [("OUTBOX_SWEEP_INTERVAL", "1h"), ("OUTBOX_LONG_POLL", long_poll)];
     let relay = world.relay(&settings).await;
     world.drained().await;
     relay.stop().await.expect("clean stop");
@@ -198,11 +215,14 @@ async fn a_start_walks_over_what_was_delivered_once() {
     // Thirty reads.
     tokio::time::sleep(Duration::from_secs(3)).await;
     relay.stop().await.expect("clean stop");
+    // A session tells what it has read when it ends.
+    let sessions = "select count(*) from pg_stat_activity where application_name = 'outbox-relay'";
+    world.until(sessions, 0).await;
     world.until_at_least(ENTRIES_READ, before + PAST).await;
     let entries = world.number(ENTRIES_READ).await - before;
     eprintln!("{entries} index entries read");
-    // The first reads, the horizon, and the counts of health once a second.
-    assert!(entries < 20 * PAST, "{entries} index entries read");
+    // The first reads, the horizon, and the counts of health once a second. Thirty reads that walk would be forty and more.
+    assert!(entries < 36 * PAST, "{entries} index entries read");
     old.close().await.expect("close");
     world.finish(Allowed::default()).await;
 }
@@ -255,7 +275,7 @@ async fn rows_of_another_replica_are_passed_once() {
 /// to count).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_rows_are_read_although_a_sweep_meets_its_limit() {
-    let world = World::new().await;
+    let world = World::with_row_security().await;
     let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
     world.write(10, 10).await;
     world.drained().await;
@@ -289,11 +309,14 @@ async fn a_sweep_during_a_long_drain_costs_a_read_or_two() {
     // Asked of the relay: counting in the table would itself walk over it all.
     let delivered = "messages_total{result=\"delivered\"}";
     eventually("all are delivered", async || relay.metric(delivered).await == 100_000.0).await;
+    // Postgres tells of reads a second late.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
     let entries = world.number(ENTRIES_READ).await;
     let seconds = begun.elapsed().as_secs() as i64;
     eprintln!("{entries} index entries read in {seconds} s");
     // A few sweeps and the counts of health, once a second, walk over it all; the hundreds of reads must not.
-    assert!(entries < (seconds + 40) * 100_000, "{entries} index entries read in {seconds} s");
+    let walks = (seconds + 40).min(4 * seconds + 10);
+    assert!(entries < walks * 100_000, "{entries} index entries read in {seconds} s");
     old.close().await.expect("close");
     relay.stop().await.expect("clean stop");
     world.finish(Allowed::default()).await;
@@ -308,7 +331,9 @@ async fn no_transaction_is_open_while_the_broker_is_waited_for() {
     world.servers().control("pause", "rabbitmq").await;
     world.write(1000, 10).await;
     eventually("they are in flight", async || relay.health().await.in_flight == 1000).await;
-    let in_transaction = "select count(*) from pg_stat_activity where application_name = 'outbox-relay' and xact_start < clock_timestamp() - interval '1 second'";
+    // A transaction that was open when the broker fell silent would be older than this by then, and no look of the relay's is.
+    let in_transaction = "select count(*) from pg_stat_activity where application_name = 'outbox-relay' and xact_start < clock_timestamp() - interval '4 seconds'";
+    tokio::time::sleep(Duration::from_secs(5)).await;
     for _ in 0..20 {
         assert_eq!(world.number(in_transaction).await, 0);
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -337,14 +362,15 @@ async fn locked_table_is_waited_for(pooling: &str) {
     let mut other = world.db().await;
     let mut transaction = other.begin().await.expect("begin");
     transaction.execute("lock table outbox in access exclusive mode").await.expect("lock");
-    let waiting = "select coalesce(max(extract(epoch from clock_timestamp() - query_start)), 0)::bigint from pg_stat_activity
-        where application_name = 'outbox-relay' and datname = current_database() and wait_event_type = 'Lock'";
+    let waiting = "select coalesce(max(extract(epoch from clock_timestamp() - waitstart)), 0)::bigint
+        from pg_locks join pg_stat_activity using (pid) where application_name = 'outbox-relay' and datname = current_database()";
     let mut longest = 0;
     for _ in 0..80 {
         longest = longest.max(world.number(waiting).await);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert!((1..=6).contains(&longest), "a statement of ours queued behind the lock for {longest} s");
+    // Five seconds, and some for a machine that is busy.
+    assert!((1..=9).contains(&longest), "a statement of ours queued behind the lock for {longest} s");
     transaction.rollback().await.expect("roll back");
     world.write(1000, 10).await;
     world.drained().await;

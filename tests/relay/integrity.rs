@@ -55,7 +55,7 @@ async fn every_payload_type_and_every_property_arrives() {
     }
 }
 
-/// Behind a pooler in transaction mode no session state may be needed.
+/// With the setting for poolers in transaction mode, which keep no session state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_same_without_any_session_state() {
     delivered_as_written("jsonb", &[("OUTBOX_TRANSACTION_POOLING", "true")]).await;

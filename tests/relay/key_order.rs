@@ -139,11 +139,6 @@ async fn order_survives_every_kind_of_refusal() {
     for round in 0..12 {
         let mut rng = rng(&format!("order_survives_every_kind_of_refusal, round {round}"));
         let store = MemoryStore::default();
-        let keys = rng.i64(1..30);
-        for id in 1..=600 {
-            let key = (rng.u8(0..5) > 0).then(|| format!("k{}", rng.i64(0..keys)));
-            store.insert(row(id, key));
-        }
         let (mut dice, doubts) = (rng.fork(), Arc::new(AtomicU64::new(0)));
         let doubted = Arc::clone(&doubts);
         let sink = ScriptedSink::new(move |row| {
@@ -175,12 +170,24 @@ async fn order_survives_every_kind_of_refusal() {
             ("OUTBOX_MAX_ATTEMPTS", "1000"),
         ]);
         let relay = RunningRelay::between(settings, store.clone(), sink.clone()).await;
-        for _ in 0..10 {
+        // Before it owns shards it reads nothing, and no fault would meet a row.
+        relay.until_owner().await;
+        let keys = rng.i64(1..30);
+        for burst in 0..10 {
+            for id in 60 * burst + 1..=60 * (burst + 1) {
+                let key = (rng.u8(0..5) > 0).then(|| format!("k{}", rng.i64(0..keys)));
+                store.insert(row(id, key));
+            }
             let error = |trouble| StoreError { trouble, sentence: "scripted".to_owned() };
-            store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
-            if rng.u8(0..3) == 0 {
+            for _ in 0..rng.u8(1..4) {
+                store.fail_next(error(if rng.bool() { Trouble::Outage } else { Trouble::Contention }));
+            }
+            let away = rng.u8(0..3) == 0;
+            if away {
                 sink.set_state(SinkState::Away(Away::outage("scripted")));
-                tokio::time::sleep(std::time::Duration::from_millis(rng.u64(0..20))).await;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(rng.u64(0..20))).await;
+            if away {
                 sink.set_state(SinkState::Ready);
             }
         }

@@ -47,6 +47,9 @@ async fn refused(url: &str, statements: &[&str]) {
     }
 }
 
+/// Everybody may call it, unless an operator has revoked that; what it looks at only those see who may read the table.
+const WATCH: &str = "call outbox_watch(0, '{1}', '{9}', '{}', '0 s', '0 s', '1 s')";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writer_inserts_and_does_nothing_else() {
     let world = World::new().await;
@@ -74,6 +77,10 @@ async fn a_writer_inserts_and_does_nothing_else() {
             "select nextval('outbox_id_seq')",
             "select setval('outbox_id_seq', 1)",
             "select * from outbox_migrations",
+            "select * from outbox_lease",
+            "update outbox_lease set epoch = epoch + 1",
+            "delete from outbox_replica",
+            WATCH,
         ],
     )
     .await;
@@ -95,7 +102,7 @@ async fn the_relay_does_all_its_work_with_its_grants_and_nothing_else() {
         .await;
     let (code, output, _) = run(&["check"], &world.pairs(&[("DATABASE_URL", &url)])).await;
     assert_eq!(code, 0, "{output}");
-    let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_RETENTION", "1s")]).await;
+    let relay = world.process(&[("DATABASE_URL", &url), ("OUTBOX_RETENTION", "1s")]).await;
     world.until("select count(*) from outbox where dead_at is not null", 1).await;
     world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 1).await;
     world.until_delivered(0).await;
@@ -105,7 +112,8 @@ async fn the_relay_does_all_its_work_with_its_grants_and_nothing_else() {
         health.database.state == "up" && (health.dead, health.pending) == (Some(1), Some(1))
     })
     .await;
-    relay.stop().await.expect("clean stop");
+    assert!(!relay.logged().contains("no long polling"), "the database may not watch");
+    assert!(relay.terminate().await.success());
     // Marked by deletion.
     world.write(100, 5).await;
     let relay = world.relay(&[("DATABASE_URL", &url), ("OUTBOX_RETENTION", "0")]).await;
@@ -124,6 +132,9 @@ async fn the_relay_does_all_its_work_with_its_grants_and_nothing_else() {
             "create schema mine",
             "select * from written",
             "select * from outbox_migrations",
+            "truncate outbox_lease",
+            "alter table outbox_replica add column x int",
+            "drop procedure outbox_watch",
             "select nextval('outbox_id_seq')",
         ],
     )

@@ -6,10 +6,13 @@ use crate::support::world::Allowed;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use std::time::Duration;
 
+const DROP_ALL: &str =
+    "drop table outbox, outbox_lease, outbox_replica, outbox_migrations; drop procedure outbox_watch";
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processes_that_migrate_at_once_do_no_harm() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
+    world.sql(DROP_ALL).await;
     let env = world.pairs(&[]);
     let (env, all) = (&env, 0..6);
     let runs = all.map(|_| run(&["migrate"], env));
@@ -24,14 +27,17 @@ async fn processes_that_migrate_at_once_do_no_harm() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_print_shows_can_be_run_by_hand_and_again_by_the_relay() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
+    world.sql(DROP_ALL).await;
     let (code, sql, err) = run(&["migrate", "--print"], &world.pairs(&[])).await;
     assert_eq!(code, 0, "{err}");
     world.sql(&sql).await;
     world.sql(&sql).await;
+    let known = "select count(*) from pg_tables where tablename = 'outbox_migrations'";
+    assert_eq!(world.number(known).await, 0, "who migrates by hand keeps no list");
     let relay = world.relay(&[("OUTBOX_MIGRATE", "true")]).await;
     world.sql("insert into outbox (routing_key, payload) values ('ok.1', '{}')").await;
     world.drained().await;
+    assert_eq!(world.number("select count(*) from outbox_migrations").await, 3, "the relay does");
     relay.stop().await.expect("clean stop");
     world.abandon();
 }
@@ -54,9 +60,11 @@ async fn what_print_shows_waits_for_no_lock_for_long() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn run_migrates_when_it_is_told_to() {
     let world = World::new().await;
-    world.sql("drop table outbox, outbox_lease, outbox_replica, outbox_migrations").await;
+    world.sql(DROP_ALL).await;
     let relay = world.relay(&[("OUTBOX_MIGRATE", "true")]).await;
     relay.ready().await;
+    assert_eq!(world.number("select count(*) from outbox_migrations").await, 3);
+    // With the ledger of writers.
     world.migrate("outbox").await;
     world.write(10, 2).await;
     world.drained().await;

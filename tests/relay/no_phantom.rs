@@ -3,11 +3,13 @@
 use crate::support::World;
 use crate::support::world::Allowed;
 use sqlx::{Connection, Executor};
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_rolled_back_is_never_published() {
     let world = World::new().await;
     let relay = world.relay(&[]).await;
+    relay.ready().await;
     let mut db = world.db().await;
     for round in 0..60 {
         let mut transaction = db.begin().await.expect("begin");
@@ -20,6 +22,8 @@ async fn what_rolled_back_is_never_published() {
         } else {
             savepoint.commit().await.expect("release savepoint");
         }
+        // Long enough for the relay to look.
+        tokio::time::sleep(Duration::from_millis(20)).await;
         if round % 3 == 0 {
             transaction.rollback().await.expect("roll back");
         } else {

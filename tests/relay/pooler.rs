@@ -2,7 +2,7 @@
 //! session of an earlier one would miss it.
 
 use crate::support::process::run;
-use crate::support::world::Allowed;
+use crate::support::world::{Allowed, UNDELIVERED};
 use crate::support::{PATIENT, World, eventually};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, Executor, PgConnection, Row};
@@ -63,8 +63,9 @@ async fn a_pooler_that_is_killed_or_freezes_costs_no_attempt_and_repeats_nothing
     let url = world.pgbouncer_url().await;
     let relay = world.relay(&[("DATABASE_URL", &url), POOLED]).await;
     for (harm, remedy) in [("kill", "start"), ("pause", "resume"), ("stop", "start")] {
-        world.write(3000, 100).await;
+        world.write(10_000, 100).await;
         world.servers().control(harm, "pgbouncer").await;
+        assert!(world.number(UNDELIVERED).await > 0, "it came while rows flowed");
         world.write(100, 10).await;
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
         world.servers().control(remedy, "pgbouncer").await;

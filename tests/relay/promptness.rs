@@ -17,7 +17,9 @@ const SOON: Duration = Duration::from_secs(6);
 
 /// It is noticed, although the poll interval is longer than this test has time for.
 async fn lone_row_is_noticed(world: World, settings: &[(&str, &str)]) {
-    let relay = world.relay(&[&[("OUTBOX_POLL_INTERVAL", "1m")], settings].concat()).await;
+    // A sweep would find it, too.
+    let rare = [("OUTBOX_POLL_INTERVAL", "1m"), ("OUTBOX_SWEEP_INTERVAL", "1h")];
+    let relay = world.relay(&[&rare, settings].concat()).await;
     world.sql(WRITE).await;
     world.drained().await;
     tokio::time::sleep(SILENCE).await;
@@ -96,14 +98,19 @@ async fn where_the_database_cannot_watch_rows_are_polled() {
     ] {
         world.sql(sql).await;
         let long_poll = if sql == "select" { "false" } else { "true" };
-        let relay = world.relay(&[("OUTBOX_LONG_POLL", long_poll)]).await;
+        let relay = world.process(&[("OUTBOX_LONG_POLL", long_poll), PATIENT[0]]).await;
         for rows in [1, 100] {
             tokio::time::sleep(Duration::from_millis(500)).await;
             world.write(rows, 10).await;
             world.drained().await;
         }
         assert_eq!(relay.health().await.database.state, "up", "{what}");
-        relay.stop().await.expect("clean stop");
+        assert_eq!(
+            relay.logged().contains("no long polling, rows are polled"),
+            long_poll == "true",
+            "{what}"
+        );
+        assert!(relay.terminate().await.success());
     }
     world.finish(Allowed::default()).await;
 }
@@ -124,7 +131,7 @@ async fn a_watch_holds_no_lock_while_it_rests() {
     };
     let meanwhile = async {
         let watches = "select count(*) from pg_stat_activity
-                       where query like '%call \"outbox_watch\"%' and pid <> pg_backend_pid() and datname = current_database()";
+                       where state = 'active' and query like '%call \"outbox_watch\"%' and pid <> pg_backend_pid() and datname = current_database()";
         world.until(watches, 1).await;
         let locks =
             "select count(*) from pg_locks where relation = 'outbox'::regclass and pid <> pg_backend_pid()

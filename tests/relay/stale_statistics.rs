@@ -4,11 +4,15 @@
 use crate::support::World;
 use crate::support::store::{ALL, ALL_SHARDS, LEASE, ask, member};
 use outbox_relay::store::leases::LeaseTable;
-use outbox_relay::store::{Ask, Dead, Delivered, PostgresStore, Route, Row, Settlement, Store, Waiting};
+use outbox_relay::store::{
+    Ask, Dead, Delivered, PostgresStore, Route, Row, Settlement, Store, Waiting, Watch,
+};
 use std::sync::Arc;
 use std::time::Duration;
 
-const BACKLOG: i64 = 20_000;
+const BACKLOG: i64 = 150_000;
+/// About 4000 rows are asked for, some of them several times. A single walk over the backlog is more than this.
+const BOUND: i64 = 100_000;
 
 async fn read(store: &impl Store, after: i64, rows: usize) -> Vec<Row> {
     let ranges = [(after, i64::MAX)];
@@ -51,6 +55,18 @@ async fn work(store: &PostgresStore, exchange: &str) {
     assert_eq!(read(store, last, 1000).await.len(), 1000);
     assert_eq!(store.horizon(last, &ALL, &[], 1000).await.expect("horizon").pending.len(), 10);
     let route = Arc::new(Route { exchange: exchange.to_owned(), routing_key: "ok.1".to_owned() });
+    assert_eq!(store.purge(0, 100, Duration::from_secs(3600)).await.expect("purge").deleted, 0);
+    // Five looks for rows that are not there.
+    let nothing = Duration::ZERO;
+    let watch = Watch {
+        noticed: i64::MAX,
+        ranges: &[(i64::MAX, i64::MAX)],
+        in_flight: &[],
+        first_poll: nothing,
+        poll_interval: nothing,
+        lasts: Duration::from_millis(50),
+    };
+    assert_eq!(store.watch(watch).await.expect("watch"), None);
     for _ in 0..5 {
         assert!(store.probe(&route, &[], true, ALL_SHARDS).await.expect("probe").is_some());
         store.release(&route, 100).await.expect("release");
@@ -82,7 +98,8 @@ async fn reads_in_proportion(past: &[&str]) {
     let entries = world.number(entries).await - before;
     let by_index = "select string_agg(indexrelname || ' ' || idx_tup_read || ' in ' || idx_scan, ', ') from pg_stat_user_indexes where relname = 'outbox'";
     let by_index = world.text(by_index).await.unwrap_or_default();
-    assert!(entries < 5 * BACKLOG, "{entries} index entries read beside a backlog of {BACKLOG}: {by_index}");
+    eprintln!("{entries} index entries read: {by_index}");
+    assert!(entries < BOUND, "{entries} index entries read beside a backlog of {BACKLOG}: {by_index}");
     world.abandon();
 }
 

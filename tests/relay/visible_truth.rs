@@ -24,7 +24,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
         ("0", hide, no_policy),
     ];
     for (retention, hinder, mend) in hindrances {
-        let world = World::new().await;
+        let world = World::with_row_security().await;
         world.sql(hinder).await;
         world.write(10, 2).await;
         let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
@@ -44,7 +44,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
 /// The same of rows that were refused: unwritten, their waits would send them again and again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
-    let world = World::new().await;
+    let world = World::with_row_security().await;
     world
         .sql(
             "create policy see on outbox for select using (true);
@@ -57,7 +57,8 @@ async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
     let relay = world.relay(&[]).await;
     relay.until_not_ready("marks did not reach their rows").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(relay.metric("messages_total{result=\"returned\"}").await <= 5.0, "each was sent once");
+    let returned = relay.metric("messages_total{result=\"returned\"}").await;
+    assert!((1.0..=5.0).contains(&returned), "{returned} were returned, and none twice");
     world.sql("alter table outbox disable row level security").await;
     world.bind("lost.#").await;
     world.drained().await;
@@ -78,11 +79,12 @@ async fn a_row_whose_mark_is_rejected_holds_up_no_other() {
 
 async fn others_go_on(reject: &str, reason: &str) {
     let world = World::new().await;
-    world.reject_updates("old.id in (5, 50)", reject).await;
+    // The shard of row 6 is the last one, which the first replica gives away, and that of row 50 is among those it keeps.
+    world.reject_updates("old.id in (6, 50)", reject).await;
     world.write(100, 10).await;
     let relay = world.relay(&PATIENT).await;
     world.until_delivered(98).await;
-    let told = [5, 50].map(|id| format!("2 rows cannot be marked, id {id} for one: {reason}"));
+    let told = [6, 50].map(|id| format!("2 rows cannot be marked, id {id} for one: {reason}"));
     eventually("not ready, with the reason", async || {
         let (status, reason) = relay.get("/readyz").await;
         status == 503 && told.iter().any(|told| reason.contains(told))
@@ -105,15 +107,17 @@ async fn others_go_on(reject: &str, reason: &str) {
     world.until_delivered(298).await;
     world.sql("drop trigger reject on outbox").await;
     world.drained().await;
-    let repeats = world.queue_depth().await as f64 - 300.0;
-    assert_eq!(relay.metric("possible_duplicates_total").await, repeats, "as many as were given away");
+    assert_eq!(world.queue_depth().await, 301, "the one that was given away is sent again");
+    assert_eq!(relay.metric("possible_duplicates_total").await, 1.0, "and told");
     for replica in [relay, second] {
+        eventually("nothing is unmarked", async || {
+            replica.health().await.unmarked.is_none() && replica.metric("unmarked_messages").await == 0.0
+        })
+        .await;
         replica.ready().await;
-        assert_eq!(replica.health().await.unmarked, None);
-        assert_eq!(replica.metric("unmarked_messages").await, 0.0);
         replica.stop().await.expect("clean stop");
     }
-    world.finish(Allowed { duplicates: 2, rewinds: true, ..Allowed::default() }).await;
+    world.finish(Allowed { duplicates: 1, rewinds: true, ..Allowed::default() }).await;
 }
 
 /// The time since a time that is none is an error to Postgres 14 to 16, and infinite to later ones.
@@ -126,7 +130,7 @@ async fn a_row_of_no_time_does_not_stop_the_counting() {
                 "insert into outbox (routing_key, payload, created_at) values ('lost.1', '1', '{time}')"
             ))
             .await;
-        let relay = world.relay(&[]).await;
+        let relay = world.relay(&PATIENT).await;
         world.until("select count(*) from outbox where attempts > 0", 1).await;
         eventually("health counts the row", async || relay.health().await.waiting == Some(1)).await;
         let health = relay.health().await;
@@ -144,7 +148,7 @@ async fn health_and_metrics_agree_with_the_table() {
     world.write(500, 20).await;
     world.sql("insert into outbox (routing_key, ordering_key, payload) select 'lost.' || i, 'stuck ' || i % 3, '{}' from generate_series(1, 6) i").await;
     world.sql("insert into outbox (routing_key, payload, headers) values ('ok.1', '{}', '[]')").await;
-    let relay = world.relay(&[]).await;
+    let relay = world.relay(&PATIENT).await;
     world.until_delivered(500).await;
     world.until("select count(*) from outbox where attempts > 0 and dead_at is null", 3).await;
     eventually("the census has seen it", async || {
@@ -183,7 +187,7 @@ async fn health_and_metrics_agree_with_the_table() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn status_tells_how_a_running_relay_is() {
     let world = World::new().await;
-    let relay = world.relay(&[]).await;
+    let relay = world.relay(&PATIENT).await;
     relay.ready().await;
     eventually("counted", async || relay.health().await.pending == Some(0)).await;
     let listen = relay.address.to_string();
@@ -277,7 +281,8 @@ async fn check_finds_what_is_wrong_and_says_the_remedy() {
     let expect = async |extra: &[(&str, &str)], problem: &str, remedy: &str| {
         let (code, out, _) = check(extra).await;
         assert_eq!(code, 3, "{out}");
-        assert!(out.contains(problem) && out.contains(remedy), "{out} lacks {problem:?} or {remedy:?}");
+        let told = out.lines().any(|line| line.contains(problem) && line.contains(remedy));
+        assert!(told, "{out} lacks {problem:?} with {remedy:?}");
     };
     expect(&[("OUTBOX_TABLE", "nothing")], "table nothing does not exist", "migrate").await;
     expect(&[("OUTBOX_EXCHANGE", "nothing")], "no exchange 'nothing'", "declare it").await;

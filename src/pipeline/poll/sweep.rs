@@ -66,9 +66,9 @@ mod tests {
         assert!(sweep.is_due(), "it goes on");
         sweep.read(Duration::from_secs(2), true, true);
         assert!(!sweep.is_due());
-        assert!((59..=60).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
+        assert!((45..=60).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
         sweep.read(Duration::from_secs(15), true, true);
-        assert!((299..=300).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
+        assert!((280..=300).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
         sweep.read(Duration::from_secs(15_000), true, true);
         assert!(until_due(&sweep) <= Duration::from_secs(600));
     }
@@ -77,7 +77,7 @@ mod tests {
     fn sweeps_come_no_more_often_than_they_are_wanted() {
         let mut sweep = Sweep::new(Duration::from_secs(3600));
         sweep.read(Duration::from_millis(1), true, true);
-        assert!(until_due(&sweep) > Duration::from_secs(3599));
+        assert!(until_due(&sweep) > Duration::from_secs(3580));
     }
 
     #[test]
@@ -87,6 +87,6 @@ mod tests {
         sweep.read(Duration::from_millis(1), true, true);
         assert!(until_due(&sweep) <= PARTIAL_PAUSE);
         sweep.read(Duration::from_millis(1), true, true);
-        assert!(until_due(&sweep) > Duration::from_secs(3599));
+        assert!(until_due(&sweep) > Duration::from_secs(3580));
     }
 }

@@ -88,7 +88,10 @@ pub async fn check(db: &mut PgConnection, received: &[Received], allowed: Allowe
             Some(Kept { delivered: true, .. }) => {
                 assert!(seen.contains(id), "row {id} is marked delivered and was not received");
             }
-            Some(Kept { dead: true, .. }) => assert!(allowed.dead, "row {id} is dead"),
+            Some(Kept { dead: true, .. }) => {
+                assert!(allowed.dead, "row {id} is dead");
+                assert!(!seen.contains(id), "row {id} is dead and was received");
+            }
             Some(_) => assert!(allowed.pending, "row {id} is still pending"),
             None => assert!(seen.contains(id), "row {id} was deleted and not received"),
         }

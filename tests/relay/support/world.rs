@@ -44,6 +44,9 @@ const QUICK: [(&str, &str); 4] = [
 /// Counts rows that are delivered and were kept.
 pub const DELIVERED: &str = "select count(*) from outbox where delivered_at is not null";
 
+/// Counts rows that are not delivered: a fault that is to come in the middle of a drain must find some.
+pub const UNDELIVERED: &str = "select count(*) from outbox where delivered_at is null";
+
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Allowed {
@@ -96,10 +99,20 @@ impl World {
         Self::on(Holder::Own(Box::new(servers))).await
     }
 
+    /// A world on servers that `scripts/services` has started, shared ones if these are.
+    async fn on_ours() -> Self {
+        let shared = tokio::task::spawn_blocking(Servers::shared).await.expect("servers");
+        if shared.are_ours() { Self::new().await } else { Self::alone().await }
+    }
+
+    /// A world in which policies hold: its login is no superuser, as it is on servers that were given.
+    pub async fn with_row_security() -> Self {
+        Self::on_ours().await
+    }
+
     /// A world, and the URL that leads to its database through PgBouncer.
     pub async fn behind_pgbouncer() -> (Self, String) {
-        let shared = tokio::task::spawn_blocking(Servers::shared).await.expect("servers");
-        let world = if shared.are_ours() { Self::new().await } else { Self::alone().await };
+        let world = Self::on_ours().await;
         let url = world.pgbouncer_url().await;
         (world, url)
     }
