@@ -215,13 +215,12 @@ async fn a_start_walks_once(long_poll: &str) {
     // Thirty reads.
     tokio::time::sleep(Duration::from_secs(3)).await;
     relay.stop().await.expect("clean stop");
-    // A session tells what it has read when it ends.
-    let sessions = "select count(*) from pg_stat_activity where application_name = 'outbox-relay'";
-    world.until(sessions, 0).await;
+    world.until_sessions_end().await;
     world.until_at_least(ENTRIES_READ, before + PAST).await;
     let entries = world.number(ENTRIES_READ).await - before;
     eprintln!("{entries} index entries read");
-    // The first reads, the horizon, and the counts of health once a second. Thirty reads that walk would be forty and more.
+    // The first reads, the horizon, and the counts of health once a second: ten walks, and 21 seen on a busy machine. Where all
+    // thirty reads walk it was 39 and 42.
     assert!(entries < 36 * PAST, "{entries} index entries read");
     old.close().await.expect("close");
     world.finish(Allowed::default()).await;
@@ -275,7 +274,7 @@ async fn rows_of_another_replica_are_passed_once() {
 /// to count).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_rows_are_read_although_a_sweep_meets_its_limit() {
-    let world = World::with_row_security().await;
+    let world = World::on_ours().await;
     let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1s")]).await;
     world.write(10, 10).await;
     world.drained().await;
@@ -365,7 +364,8 @@ async fn locked_table_is_waited_for(pooling: &str) {
     let waiting = "select coalesce(max(extract(epoch from clock_timestamp() - waitstart)), 0)::bigint
         from pg_locks join pg_stat_activity using (pid) where application_name = 'outbox-relay' and datname = current_database()";
     let mut longest = 0;
-    for _ in 0..80 {
+    // For longer than is allowed: without a limit of ours a statement would queue all the time.
+    for _ in 0..140 {
         longest = longest.max(world.number(waiting).await);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -1,6 +1,6 @@
 //! Promise 7: a row that can never be delivered is set aside with its reason; nobody waits for it.
 
-use crate::support::world::Allowed;
+use crate::support::world::{Allowed, TRIED, UNDELIVERED};
 use crate::support::{DEADLINE, SLEEPS, World, eventually};
 
 /// Poison among good rows of the same key: only the poison is dead, each with a reason for people.
@@ -202,7 +202,7 @@ async fn a_full_queue_is_waited_for() {
     assert_eq!(world.number("select count(*) from outbox where dead_at is not null").await, 0);
     eventually("all went through, a few at a time", async || {
         world.purge_queue(&full).await;
-        world.number("select count(*) from outbox where delivered_at is null").await == 0
+        world.number(UNDELIVERED).await == 0
     })
     .await;
     relay.stop().await.expect("clean stop");
@@ -351,7 +351,6 @@ async fn write_to(world: &World, routing_key: &str) {
     world.sql(&format!("insert into outbox (routing_key, ordering_key, payload) {row}")).await;
 }
 
-const TRIED: &str = "select count(*) from outbox where attempts > 0";
 const OTHERS_LEFT: &str =
     "select count(*) from outbox where delivered_at is null and ordering_key <> 'key 1'";
 
@@ -484,13 +483,13 @@ async fn a_long_routing_key_that_is_not_allowed_waits_alone() {
 /// again. Here a policy makes looking for one take 20 s.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_route_that_cannot_be_probed_in_time_drains_when_it_works() {
-    let world = World::with_row_security().await;
+    let world = World::on_ours().await;
     world
         .sql("insert into outbox (routing_key, payload) select 'lost.1', '{}' from generate_series(1, 20)")
         .await;
     let relay = world.relay(&[("OUTBOX_SWEEP_INTERVAL", "1h")]).await;
     eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
-    world.until("select count(*) from outbox where attempts > 0", 20).await;
+    world.until(TRIED, 20).await;
     world
         .sql(
             "create policy slow on outbox

@@ -89,11 +89,8 @@ async fn reads_in_proportion(past: &[&str]) {
     let entries = "select sum(idx_tup_read)::bigint from pg_stat_user_indexes where relname = 'outbox'";
     let before = world.number(entries).await;
     work(&store, &world.name).await;
-    // A session tells what it has read when it ends.
     drop(store);
-    let sessions = "select count(*) from pg_stat_activity
-                    where application_name = 'outbox-relay' and datname = current_database()";
-    world.until(sessions, 0).await;
+    world.until_sessions_end().await;
     world.until_at_least(entries, before + 3000).await;
     let entries = world.number(entries).await - before;
     let by_index = "select string_agg(indexrelname || ' ' || idx_tup_read || ' in ' || idx_scan, ', ') from pg_stat_user_indexes where relname = 'outbox'";

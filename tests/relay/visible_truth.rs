@@ -2,7 +2,7 @@
 
 use crate::support::proxy::{Link, Proxy};
 use crate::support::scripted::ScriptedSink;
-use crate::support::world::{Allowed, RunningRelay, without_servers};
+use crate::support::world::{Allowed, RunningRelay, TRIED, without_servers};
 use crate::support::{PATIENT, World, eventually};
 use outbox_relay::store::memory::{MemoryStore, plain_row};
 use std::time::Duration;
@@ -24,7 +24,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
         ("0", hide, no_policy),
     ];
     for (retention, hinder, mend) in hindrances {
-        let world = World::with_row_security().await;
+        let world = World::on_ours().await;
         world.sql(hinder).await;
         world.write(10, 2).await;
         let relay = world.relay(&[("OUTBOX_RETENTION", retention)]).await;
@@ -44,7 +44,7 @@ async fn marks_that_reach_no_row_are_told_and_repeat_nothing() {
 /// The same of rows that were refused: unwritten, their waits would send them again and again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn refusals_that_reach_no_row_are_told_and_repeat_nothing() {
-    let world = World::with_row_security().await;
+    let world = World::on_ours().await;
     world
         .sql(
             "create policy see on outbox for select using (true);
@@ -131,7 +131,7 @@ async fn a_row_of_no_time_does_not_stop_the_counting() {
             ))
             .await;
         let relay = world.relay(&PATIENT).await;
-        world.until("select count(*) from outbox where attempts > 0", 1).await;
+        world.until(TRIED, 1).await;
         eventually("health counts the row", async || relay.health().await.waiting == Some(1)).await;
         let health = relay.health().await;
         assert_eq!((health.status.as_str(), health.oldest_pending_seconds), ("ok", Some(0.0)));

@@ -54,8 +54,12 @@ impl Sweep {
 mod tests {
     use super::*;
 
-    fn until_due(sweep: &Sweep) -> Duration {
-        sweep.due.saturating_duration_since(Instant::now())
+    /// The last read of a sweep took so long: the next one is due exactly so much later, however slow the machine is.
+    fn last_read_is_followed_by(rest: Duration, sweep: &mut Sweep, took: Duration) {
+        let before = Instant::now();
+        sweep.read(took, true, true);
+        let due = before + rest..=Instant::now() + rest;
+        assert!(due.contains(&sweep.due), "{:?}", sweep.due - before);
     }
 
     #[test]
@@ -64,29 +68,23 @@ mod tests {
         assert!(sweep.is_due());
         sweep.read(Duration::from_secs(1), false, true);
         assert!(sweep.is_due(), "it goes on");
-        sweep.read(Duration::from_secs(2), true, true);
+        last_read_is_followed_by(Duration::from_secs(60), &mut sweep, Duration::from_secs(2));
         assert!(!sweep.is_due());
-        assert!((45..=60).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.read(Duration::from_secs(15), true, true);
-        assert!((280..=300).contains(&until_due(&sweep).as_secs()), "{:?}", until_due(&sweep));
-        sweep.read(Duration::from_secs(15_000), true, true);
-        assert!(until_due(&sweep) <= Duration::from_secs(600));
+        last_read_is_followed_by(Duration::from_secs(300), &mut sweep, Duration::from_secs(15));
+        last_read_is_followed_by(Duration::from_secs(600), &mut sweep, Duration::from_secs(15_000));
     }
 
     #[test]
     fn sweeps_come_no_more_often_than_they_are_wanted() {
         let mut sweep = Sweep::new(Duration::from_secs(3600));
-        sweep.read(Duration::from_millis(1), true, true);
-        assert!(until_due(&sweep) > Duration::from_secs(3580));
+        last_read_is_followed_by(Duration::from_secs(3600), &mut sweep, Duration::from_millis(1));
     }
 
     #[test]
     fn a_sweep_that_left_out_something_is_followed_by_another_soon() {
         let mut sweep = Sweep::new(Duration::from_secs(3600));
         sweep.read(Duration::from_millis(1), false, false);
-        sweep.read(Duration::from_millis(1), true, true);
-        assert!(until_due(&sweep) <= PARTIAL_PAUSE);
-        sweep.read(Duration::from_millis(1), true, true);
-        assert!(until_due(&sweep) > Duration::from_secs(3580));
+        last_read_is_followed_by(PARTIAL_PAUSE, &mut sweep, Duration::from_millis(1));
+        last_read_is_followed_by(Duration::from_secs(3600), &mut sweep, Duration::from_millis(1));
     }
 }

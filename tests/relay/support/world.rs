@@ -47,6 +47,9 @@ pub const DELIVERED: &str = "select count(*) from outbox where delivered_at is n
 /// Counts rows that are not delivered: a fault that is to come in the middle of a drain must find some.
 pub const UNDELIVERED: &str = "select count(*) from outbox where delivered_at is null";
 
+/// Counts rows that were refused.
+pub const TRIED: &str = "select count(*) from outbox where attempts > 0";
+
 /// What a test allows beyond the strictest reading of the promises.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Allowed {
@@ -99,15 +102,11 @@ impl World {
         Self::on(Holder::Own(Box::new(servers))).await
     }
 
-    /// A world on servers that `scripts/services` has started, shared ones if these are.
-    async fn on_ours() -> Self {
+    /// A world on servers that `scripts/services` has started, shared ones if these are. Its login is no superuser, as it is on
+    /// servers that were given: policies of row-level security hold for it.
+    pub async fn on_ours() -> Self {
         let shared = tokio::task::spawn_blocking(Servers::shared).await.expect("servers");
         if shared.are_ours() { Self::new().await } else { Self::alone().await }
-    }
-
-    /// A world in which policies hold: its login is no superuser, as it is on servers that were given.
-    pub async fn with_row_security() -> Self {
-        Self::on_ours().await
     }
 
     /// A world, and the URL that leads to its database through PgBouncer.
@@ -299,6 +298,13 @@ impl World {
         .await;
     }
 
+    /// Waits until all sessions of relays and stores have ended: only then has Postgres been told of all that they have read.
+    pub async fn until_sessions_end(&self) {
+        let sessions = "select count(*) from pg_stat_activity
+                        where application_name = 'outbox-relay' and datname = current_database()";
+        self.until(sessions, 0).await;
+    }
+
     /// Waits until no row is pending.
     pub async fn drained(&self) {
         self.until("select count(*) from outbox where delivered_at is null and dead_at is null", 0).await;
@@ -475,7 +481,7 @@ impl World {
         self.sql(&format!("{fill}{rows})")).await;
         let relay = self.relay(&[("OUTBOX_RETRY_MAX", "1h"), ("OUTBOX_RETRY_MIN", "1h")]).await;
         eventually("the route is parked", async || relay.health().await.parked_routes == 1).await;
-        self.until("select count(*) from outbox where attempts > 0", rows).await;
+        self.until(TRIED, rows).await;
         relay
     }
 
